@@ -1,0 +1,1 @@
+"""Documents to Arrow byte shards for byte-level language models."""

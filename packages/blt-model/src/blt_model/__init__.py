@@ -1,0 +1,1 @@
+"""The Byte Latent Transformer and its entropy language model in PyTorch."""

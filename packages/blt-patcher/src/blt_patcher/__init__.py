@@ -1,0 +1,1 @@
+"""Entropy patching for byte-level language models: schemes, kernels and the entropy job."""

@@ -1,0 +1,1 @@
+"""Training, evaluation and generation for the Byte Latent Transformer."""
