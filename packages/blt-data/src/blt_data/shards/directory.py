@@ -1,0 +1,143 @@
+"""A shard directory: shards and their manifest, the unit that the packages hand to each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from blt_data.errors import InputError
+from blt_data.shards.files import file_sha256
+from blt_data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
+from blt_data.shards.reader import Shard
+from blt_data.shards.schema import ShardKind
+
+log = logging.getLogger(__name__)
+
+_MEND = "delete the directory and run the command that wrote it again"
+
+
+class ShardDirectory:
+    """A complete shard directory, open for reading; use `ShardDirectory.open`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._shards: dict[int, Shard] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, kind: ShardKind | None = None, verify: bool = False) -> Self:
+        """Open a shard directory.
+
+        Args:
+            path: the directory, on a local file system.
+            kind: the kind that the caller needs; None takes either.
+            verify: recompute every checksum first; reads everything.
+
+        Raises:
+            InputError: the directory is missing, incomplete, damaged or of the other kind.
+        """
+        directory = Path(path)
+        manifest = read_manifest(directory)
+        if kind is not None and manifest.kind is not kind:
+            mend = (
+                "run blt-patch precompute on it and name its output"
+                if kind is ShardKind.PATCHED
+                else "name the directory that blt-data prepare wrote"
+            )
+            raise InputError(f"{directory}: holds shards of kind {manifest.kind}, needed is kind {kind}; {mend}")
+        if verify and (problems := verify_directory(directory)):
+            raise InputError(problems[0])
+        for entry in manifest.shards:
+            if problem := _size_problem(directory, entry):
+                raise InputError(f"{problem}; {_MEND}")
+        return cls(directory, manifest)
+
+    @property
+    def kind(self) -> ShardKind:
+        """Kind of every shard."""
+        return self.manifest.kind
+
+    def __len__(self) -> int:
+        return len(self.manifest.shards)
+
+    def shard(self, index: int) -> Shard:
+        """Return shard `index`, opened once.
+
+        Raises:
+            InputError: the shard is damaged, or is not the one that the manifest names.
+        """
+        if index not in self._shards:
+            entry = self.manifest.shards[index]
+            shard = Shard.open(self.path / entry.name)
+            if shard.payload_sha256 != entry.payload_sha256 or shard.kind is not self.kind:
+                raise InputError(f"{shard.path}: is not the shard that {MANIFEST_NAME} names; {_MEND}")
+            self._shards[index] = shard
+        return self._shards[index]
+
+    def documents(self) -> Iterator[tuple[int, int]]:
+        """Yield (shard index, row) of every document in order."""
+        for index, entry in enumerate(self.manifest.shards):
+            for row in range(entry.documents):
+                yield index, row
+
+
+def _size_problem(directory: Path, entry: ShardEntry) -> str | None:
+    file = directory / entry.name
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        return f"{file}: is missing, though {MANIFEST_NAME} names it"
+    if size != entry.file_bytes:
+        return f"{file}: has {size:,} bytes, {MANIFEST_NAME} says {entry.file_bytes:,}"
+    return None
+
+
+def verify_directory(path: str | os.PathLike[str]) -> list[str]:
+    """Recompute every checksum of a shard directory.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        One sentence per problem, each naming its file and the mend; empty if all is well.
+
+    Raises:
+        InputError: there is no manifest to compare with, or it is damaged.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    problems = []
+    for entry in manifest.shards:
+        problem = _size_problem(directory, entry) or _content_problem(directory / entry.name, manifest.kind, entry)
+        if problem:
+            problems.append(f"{problem}; {_MEND}")
+    named = {entry.name for entry in manifest.shards}
+    problems += [
+        f"{file}: is not named by {MANIFEST_NAME}; delete it"
+        for file in sorted(directory.glob("*.arrow"))
+        if file.name not in named
+    ]
+    return problems
+
+
+def _content_problem(file: Path, kind: ShardKind, entry: ShardEntry) -> str | None:
+    if file_sha256(file) != entry.file_sha256:
+        return f"{file}: does not have the checksum that {MANIFEST_NAME} says, so its bytes have changed"
+    try:
+        shard = Shard.open(file, verify=True)
+    except InputError as error:
+        return str(error)
+    figures = (shard.kind, shard.num_documents, shard.num_bytes, shard.num_patches, shard.has_entropies)
+    if (*figures, shard.payload_sha256) != (
+        kind,
+        entry.documents,
+        entry.bytes,
+        entry.patches,
+        entry.entropies,
+        entry.payload_sha256,
+    ):
+        return f"{file}: has other figures than {MANIFEST_NAME} says"
+    return None

@@ -1,0 +1,122 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the directory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+log = logging.getLogger(__name__)
+
+_TEMPORARY_MARK = ".tmp-"
+_READ_SIZE = 1 << 20
+
+
+class HashingFile:
+    """A binary file open for writing that knows the SHA-256 and the size of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file is closed (Arrow asks)."""
+        return self._file.closed
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of everything written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes | memoryview | pa.Buffer) -> int:
+        """Append bytes.
+
+        Args:
+            data: anything with the buffer interface.
+
+        Returns:
+            The number of bytes written.
+        """
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._file.write(view)
+        self.size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Hand buffered bytes to the operating system."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until the bytes are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[HashingFile]:
+    """Open a file that takes its name only when the block ends without an exception.
+
+    The temporary name differs for every writer, so that two writers of one file cannot mix; the later one wins.
+
+    Args:
+        path: the final name; its directory must exist.
+
+    Yields:
+        The open file. Its `sha256` and `size` may be read after the block.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    file = HashingFile(temporary)
+    try:
+        yield file
+        file.sync()
+        file.close()
+        temporary.replace(path)
+    except BaseException:
+        # A full disk makes close() fail again as it flushes; the first error is the one to tell.
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames within a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some network file systems know no fsync of directories; they order renames themselves.
+        log.debug("fsync of the directory %s is not supported", path)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what killed writers left in a directory; for the one process that finishes it."""
+    for path in directory.glob(f".*{_TEMPORARY_MARK}*"):
+        log.debug("removing %s, left by a killed writer", path)
+        path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_SIZE):
+            digest.update(block)
+    return digest.hexdigest()
