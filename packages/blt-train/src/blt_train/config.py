@@ -1,0 +1,270 @@
+"""The config of a training run: frozen dataclasses whose checks run on every way of making one.
+
+A YAML file has the same shape as `TrainConfig`: one key per field, one nested mapping per section. Reading it, the
+`key=value` overrides and the errors for unknown keys are in `config_parsing`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from blt_train.errors import ConfigError
+
+#: Padding needs up to two patches of its own, and a document up to two: fewer patches cannot hold anything.
+MIN_SEQUENCE_PATCHES = 4
+#: One document and the padding's pseudo-document.
+MIN_SEQUENCE_DOCUMENTS = 2
+#: A patch split into its first token and the rest needs two tokens.
+MIN_SEQUENCE_TOKENS = 2
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass; weights and optimizer state are always float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    """Raise the error of a field whose value breaks its rule."""
+    if not condition:
+        raise ConfigError(f"{name} must be {rule}, not {value!r}")
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _is_fraction(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is trained."""
+
+    preset: str
+    """Name of a preset of `blt_model` (`blt_model.PRESETS`); it decides between the byte LM and the BLT."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the preset's own config that replace the preset's values, nested as that config is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which shards are read and how documents are packed into sequences."""
+
+    train: str
+    """Shard directory to train on: byte shards for the byte LM, patched shards for the BLT."""
+
+    holdout: str | None = None
+    """Shard directory of held-out documents for evaluation, of the same kind; null for no evaluation."""
+
+    sequence_tokens: int = 2048
+    """Tokens per sequence; every sequence has exactly as many, the unused ones being padding."""
+
+    sequence_patches: int | None = None
+    """Patches per sequence (BLT only); null finds the smallest count that keeps utilisation above 0.97."""
+
+    sequence_documents: int | None = None
+    """Documents per sequence at most; null derives twice the mean and some room from the manifest."""
+
+    verify: bool = True
+    """Recompute every training shard's checksum before the first step (about a second per GB)."""
+
+    prefetch: int = 4
+    """Micro batches that the loader's thread keeps ready ahead of the model."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        tokens, patches, documents = self.sequence_tokens, self.sequence_patches, self.sequence_documents
+        _require(tokens >= MIN_SEQUENCE_TOKENS, "data.sequence_tokens", tokens, f"at least {MIN_SEQUENCE_TOKENS}")
+        if patches is not None:
+            _require(
+                patches >= MIN_SEQUENCE_PATCHES, "data.sequence_patches", patches, f"at least {MIN_SEQUENCE_PATCHES}"
+            )
+        if documents is not None:
+            rule = f"at least {MIN_SEQUENCE_DOCUMENTS}"
+            _require(documents >= MIN_SEQUENCE_DOCUMENTS, "data.sequence_documents", documents, rule)
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How many sequences make a step, and how many fit a device at once."""
+
+    sequences_per_step: int = 8
+    """Sequences in the global batch of one optimizer step, over all ranks; independent of the number of ranks."""
+
+    sequences_per_micro_batch: int = 8
+    """Sequences in one forward and backward pass of one rank; smaller needs less memory, same result."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("sequences_per_step", "sequences_per_micro_batch"):
+            _require(getattr(self, name) >= 1, f"batch.{name}", getattr(self, name), "at least 1")
+
+    def micro_batches(self, world_size: int) -> int:
+        """Return how many micro batches each rank runs per step.
+
+        Args:
+            world_size: number of ranks.
+
+        Raises:
+            ConfigError: the global batch does not divide evenly among ranks and micro batches.
+        """
+        together = world_size * self.sequences_per_micro_batch
+        if self.sequences_per_step % together:
+            raise ConfigError(
+                f"batch.sequences_per_step is {self.sequences_per_step}, which is no multiple of {world_size} "
+                f"process(es) x {self.sequences_per_micro_batch} sequences_per_micro_batch = {together}: change one "
+                "of the three"
+            )
+        return self.sequences_per_step // together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW; norms, biases and embeddings are never decayed."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate, reached after the warm-up."""
+
+    beta1: float = 0.9
+    """Decay of the first moment per step."""
+
+    beta2: float = 0.95
+    """Decay of the second moment per step."""
+
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices, multiplied by the learning rate each step."""
+
+    gradient_clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("learning_rate", "epsilon", "gradient_clip"):
+            _require(_is_positive(getattr(self, name)), f"optimizer.{name}", getattr(self, name), "above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        decay = self.weight_decay
+        _require(math.isfinite(decay) and decay >= 0, "optimizer.weight_decay", decay, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Length of training and the learning rate's course: linear warm-up, then a cosine."""
+
+    total_steps: int = 1000
+    """Optimizer steps in all; the data is read as many times over as that takes."""
+
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+
+    min_lr_fraction: float = 0.1
+    """Learning rate of the last step as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.total_steps >= 1, "schedule.total_steps", self.total_steps, "at least 1")
+        _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
+        fraction = self.min_lr_fraction
+        _require(_is_fraction(fraction), "schedule.min_lr_fraction", fraction, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = 200
+    """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+
+    keep_last: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.every >= 1, "checkpoint.every", self.every, "at least 1")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """When the held-out documents are evaluated during training."""
+
+    every: int | None = 200
+    """Steps between evaluations; null for the first and last only. Step 0 and the last are always evaluated."""
+
+    max_bytes: int | None = None
+    """Evaluate the first held-out documents up to this many bytes (at least one document); null for all."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.every is not None:
+            _require(self.every >= 1, "evaluation.every", self.every, "at least 1, or null")
+        if self.max_bytes is not None:
+            _require(self.max_bytes >= 1, "evaluation.max_bytes", self.max_bytes, "at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole training run."""
+
+    run: str
+    """Run directory: config, metrics and checkpoints are written there, and a second launch resumes from it."""
+
+    model: ModelConfig
+    """The model."""
+
+    data: DataConfig
+    """The data."""
+
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """The batch."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The schedule."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The checkpoints."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The evaluations."""
+
+    precision: Precision = Precision.FLOAT32
+    """Arithmetic of the forward and backward pass: `float32` or `bfloat16` (autocast; weights stay float32)."""
+
+    entropy_model: str | None = None
+    """Model directory of the entropy LM that scored the patched shards; copied into the run for generation."""
+
+    device: str = "auto"
+    """`auto` (CUDA where there is a GPU), `cpu` or `cuda`; under several processes each takes its own GPU."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of documents."""
+
+    threads: int | None = None
+    """CPU threads per process for torch; null leaves torch's own choice, divided among the processes."""
+
+    compile: bool = False
+    """Compile the model with `torch.compile`; shapes are static, so it compiles once."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(bool(self.run), "run", self.run, "the path of a run directory")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
+        if self.threads is not None:
+            _require(self.threads >= 1, "threads", self.threads, "at least 1, or null")
