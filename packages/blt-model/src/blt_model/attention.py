@@ -1,0 +1,305 @@
+"""Causal self-attention over packed documents: one function, two backends, memory linear in tokens.
+
+- ``varlen``: torch's variable-length flash attention (CUDA, float16 or bfloat16). Offsets and window go to the kernel.
+- ``sdpa``: ``scaled_dot_product_attention`` (any device and dtype, with backward). With a window, the tokens are cut
+  into blocks and every block of queries reads the keys from window - 1 before it: the mask has
+  tokens x (window + block) entries. Without one, or where no document outgrows it, documents of similar length are
+  attended together as small causal rectangles.
+
+What depends on the batch alone is worked out once per forward (`plan_attention`) and shared by all layers.
+
+Legend: T query tokens, C carried tokens, H query heads, G key and value heads, E head width, D documents, W window.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+
+from blt_model.errors import ModelError
+from blt_model.packed import segment_of
+
+
+class AttentionBackend(StrEnum):
+    """How self-attention is computed; the result is the same."""
+
+    AUTO = "auto"
+    VARLEN = "varlen"
+    SDPA = "sdpa"
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Documents of similar length, attended as one [count, length] rectangle."""
+
+    count: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What attention needs to know of a batch; made by plan_attention, used by attend."""
+
+    backend: AttentionBackend
+    """VARLEN or SDPA."""
+    window: int | None
+    """Tokens that a token attends to, itself included; None for no limit."""
+    query_offsets: Tensor
+    """int32 [D + 1] offsets of the documents among the queries."""
+    key_offsets: Tensor
+    """int32 [D + 1] offsets of the documents among the keys; those of the first begin inside the carried ones."""
+    max_queries: int
+    """Upper bound of a document's queries."""
+    carried: int = 0
+    """C: keys and values that come before those of the queries."""
+    block: int = 0
+    """sdpa with a window: queries in a block."""
+    mask: Tensor | None = None
+    """sdpa with a window: bool [blocks, 1, block, W - 1 + block]."""
+    rectangles: tuple[Rectangle, ...] = ()
+    """sdpa without window: the groups of documents."""
+    gather: Tensor | None = None
+    """sdpa without window: int64, the token at every place of the rectangles, end to end."""
+    scatter: Tensor | None = None
+    """sdpa without window: int64 [T], the place of every token."""
+
+
+@cache
+def _varlen_attn() -> Callable[..., Any]:
+    """The varlen_attn of torch.
+
+    Raises:
+        ModelError: this torch has none, or one without windows.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise ModelError("this torch has no torch.nn.attention.varlen; use attention backend sdpa.") from error
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        raise ModelError("varlen_attn of this torch takes no window_size; update torch, or use attention backend sdpa.")
+    return varlen_attn
+
+
+@cache
+def _varlen_groups_heads() -> bool:
+    """Whether varlen_attn takes fewer key heads than query heads."""
+    return "enable_gqa" in inspect.signature(_varlen_attn()).parameters
+
+
+def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """Turn a wish into a backend.
+
+    Args:
+        backend: "auto" takes varlen for half precision on CUDA and sdpa elsewhere.
+        device: of the queries.
+        dtype: of the queries.
+
+    Returns:
+        VARLEN or SDPA.
+
+    Raises:
+        ModelError: unknown name, or varlen where it cannot run.
+    """
+    names = [str(member) for member in AttentionBackend]
+    if backend not in names:
+        raise ModelError(f"{backend!r} is no attention backend; choose one of {', '.join(names)}.")
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    if backend == AttentionBackend.VARLEN:
+        if not fits:
+            raise ModelError(
+                f"attention backend varlen needs float16 or bfloat16 on CUDA, and got {dtype} on {device.type}; use "
+                "autocast, or backend sdpa."
+            )
+        _varlen_attn()
+        return AttentionBackend.VARLEN
+    if backend == AttentionBackend.AUTO and fits:
+        return AttentionBackend.VARLEN
+    return AttentionBackend.SDPA
+
+
+def plan_attention(
+    offsets: Tensor,
+    num_tokens: int,
+    *,
+    window: int | None,
+    backend: AttentionBackend,
+    max_length: int | None = None,
+    carried: int = 0,
+    carried_valid: Tensor | None = None,
+) -> AttentionPlan:
+    """Work out what attention needs to know of a batch.
+
+    Args:
+        offsets: int32 [D + 1] document offsets, the last equal to num_tokens.
+        num_tokens: T.
+        window: W, or None for no limit.
+        backend: VARLEN or SDPA.
+        max_length: upper bound of a document's tokens; None means T.
+        carried: C, keys and values of the first document that come before the queries' own; needs a window.
+        carried_valid: int64 scalar tensor, how many of the carried ones (the last of them) belong to the first
+            document.
+
+    Returns:
+        The plan.
+    """
+    max_length = num_tokens if max_length is None else max_length
+    key_offsets = offsets
+    if carried:
+        first = torch.zeros_like(offsets[:1]) if carried_valid is None else (-carried_valid).to(offsets.dtype).view(1)
+        key_offsets = torch.cat([first, offsets[1:]]) + carried
+    if window is not None and not carried and max_length <= window:
+        window = None
+    plan = AttentionPlan(backend, window, offsets, key_offsets, max_length, carried)
+    if backend == AttentionBackend.VARLEN:
+        return plan
+    if window is None:
+        return _plan_rectangles(plan, num_tokens)
+    return _plan_blocks(plan, num_tokens, window)
+
+
+def _block_size(window: int) -> int:
+    """Queries in a block: a half of the window wastes little work and leaves the kernels enough of it."""
+    return max(16, min(256, window // 2))
+
+
+def _plan_blocks(plan: AttentionPlan, num_tokens: int, window: int) -> AttentionPlan:
+    block = _block_size(window)
+    device = plan.query_offsets.device
+    num_blocks = -(-num_tokens // block)
+    queries = torch.arange(num_blocks * block, device=device)
+    # Keys are numbered from the first query; those before a document's start or before the window are out of reach.
+    starts = (plan.key_offsets.long() - plan.carried)[segment_of(plan.query_offsets, num_tokens)]
+    starts = F.pad(starts, (0, num_blocks * block - num_tokens), value=num_tokens)
+    first = torch.maximum(starts, queries - (window - 1)).minimum(queries).view(num_blocks, block, 1)
+    keys = queries.view(num_blocks, block)[:, :1] + torch.arange(1 - window, block, device=device)
+    keys = keys.unsqueeze(1)
+    mask = (keys >= first) & (keys <= queries.view(num_blocks, block, 1))
+    return AttentionPlan(
+        plan.backend,
+        window,
+        plan.query_offsets,
+        plan.key_offsets,
+        plan.max_queries,
+        plan.carried,
+        block=block,
+        mask=mask.unsqueeze(1),
+    )
+
+
+def _plan_rectangles(plan: AttentionPlan, num_tokens: int) -> AttentionPlan:
+    """Group documents by length. Reads the offsets on the host, which costs a wait where they are on a GPU."""
+    host = plan.query_offsets.tolist()
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for start, end in itertools.pairwise(host):
+        if end > start:
+            # Lengths of one group differ by at most a quarter, so little of a rectangle is filler.
+            length = end - start
+            step = max(8, 1 << max(length.bit_length() - 3, 0))
+            groups.setdefault(-(-length // step) * step, []).append((start, length))
+    rectangles, gathers = [], []
+    scatter = torch.empty(num_tokens, dtype=torch.int64)
+    place = 0
+    for _, group in sorted(groups.items()):
+        starts = torch.tensor([start for start, _ in group])
+        lengths = torch.tensor([length for _, length in group])
+        longest = int(lengths.max())
+        columns = torch.arange(longest)
+        tokens = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)
+        real = columns < lengths[:, None]
+        scatter[tokens[real]] = place + torch.arange(tokens.numel()).view_as(tokens)[real]
+        place += tokens.numel()
+        rectangles.append(Rectangle(len(group), longest))
+        gathers.append(tokens.flatten())
+    device = plan.query_offsets.device
+    return AttentionPlan(
+        plan.backend,
+        None,
+        plan.query_offsets,
+        plan.key_offsets,
+        plan.max_queries,
+        rectangles=tuple(rectangles),
+        gather=torch.cat(gathers).to(device),
+        scatter=scatter.to(device),
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """Softmax attention of every token to itself and what precedes it in its document, within the window.
+
+    Args:
+        query: [T, H, E].
+        key: [C + T, G, E], the carried ones first; G divides H.
+        value: [C + T, G, E].
+        plan: of this batch.
+
+    Returns:
+        [T, H, E] of the query's dtype.
+    """
+    if plan.backend == AttentionBackend.VARLEN:
+        return _attend_varlen(query, key, value, plan)
+    if plan.mask is not None:
+        return _attend_blocks(query, key, value, plan, plan.mask)
+    return _attend_rectangles(query, key, value, plan)
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    options: dict[str, Any] = {}
+    if grouped and _varlen_groups_heads():
+        options["enable_gqa"] = True
+    elif grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    result: Tensor = _varlen_attn()(
+        query,
+        key,
+        value,
+        plan.query_offsets,
+        plan.key_offsets,
+        plan.max_queries,
+        plan.max_queries + plan.carried,
+        window_size=(-1 if plan.window is None else plan.window - 1, 0),
+        **options,
+    )
+    return result
+
+
+def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, mask: Tensor) -> Tensor:
+    num_tokens, num_heads, width = query.shape
+    num_blocks, before = mask.shape[0], mask.shape[3] - plan.block
+    tail = num_blocks * plan.block - num_tokens
+
+    def blocks(tensor: Tensor) -> Tensor:
+        """Overlapping views [blocks, G, W - 1 + block, E] of the keys or values."""
+        head = before - plan.carried
+        padded = F.pad(tensor[max(0, -head) :], (0, 0, 0, 0, max(0, head), tail))
+        return padded.unfold(0, before + plan.block, plan.block).transpose(2, 3)
+
+    queries = F.pad(query, (0, 0, 0, 0, 0, tail)).view(num_blocks, plan.block, num_heads, width).transpose(1, 2)
+    result = F.scaled_dot_product_attention(
+        queries, blocks(key), blocks(value), attn_mask=mask, enable_gqa=key.shape[1] != num_heads
+    )
+    return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens]
+
+
+def _attend_rectangles(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    if plan.gather is None or plan.scatter is None:
+        raise ModelError("the attention plan has no rectangles; make it with plan_attention.")
+    sizes = [rectangle.count * rectangle.length for rectangle in plan.rectangles]
+    parts = [torch.split(tensor.index_select(0, plan.gather), sizes) for tensor in (query, key, value)]
+    results = []
+    for rectangle, *qkv in zip(plan.rectangles, *parts, strict=True):
+        q, k, v = (t.view(rectangle.count, rectangle.length, *t.shape[1:]).transpose(1, 2) for t in qkv)
+        # Filler comes last in every row, so that causality alone keeps it from all real tokens.
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        results.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]))
+    return torch.cat(results).index_select(0, plan.scatter)

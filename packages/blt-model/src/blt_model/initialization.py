@@ -1,0 +1,46 @@
+"""Initial weights: truncated normal, scaled by fan-in, residual outputs also by depth.
+
+Linear maps and embeddings have standard deviation fan_in ** -0.5 (embeddings: dim ** -0.5), cut at three of them, as
+the released models were trained from; the two maps of a block that write to the residual stream are further divided
+by sqrt(2 * layers of their stack) (GPT-2's rule), so that the stream's variance does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from blt_model.layers import Block
+
+
+def truncated_normal(module: nn.Module, std: float) -> None:
+    """Fill a module's weight from a normal distribution cut at three standard deviations."""
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight tensor")
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def initialize_linear(linear: nn.Linear, gain: float = 1.0) -> None:
+    """Fill a linear map with standard deviation gain / sqrt(fan-in)."""
+    truncated_normal(linear, gain * linear.in_features**-0.5)
+
+
+def initialize_blocks(blocks: Iterable[Block]) -> None:
+    """Fill a stack of blocks.
+
+    Args:
+        blocks: the whole stack, since the scale of the residual outputs depends on its depth.
+    """
+    stack = list(blocks)
+    residual_gain = 1 / math.sqrt(2 * len(stack))
+    for block in stack:
+        initialize_linear(block.attention.query_key_value)
+        initialize_linear(block.attention.output, residual_gain)
+        initialize_linear(block.feed_forward.gate_value)
+        initialize_linear(block.feed_forward.output, residual_gain)
+        nn.init.ones_(block.attention_norm.weight)
+        nn.init.ones_(block.feed_forward_norm.weight)
