@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from blt_train.metrics import read_metrics
 
 _TRAIN_COLOUR = "#4c72b0"
 _HELD_OUT_COLOUR = "#dd8452"
@@ -39,27 +40,18 @@ def curve_of_run(run: Path, title: str) -> Curve:
         title: what the curve is called.
 
     Returns:
-        The curve; lines of other kinds are passed over.
+        The curve.
 
     Raises:
-        OSError: the file cannot be read.
+        CheckpointError: a line of the file is no metrics line.
     """
-    steps, train, held_steps, held = [], [], [], []
-    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            if "holdout_bpb" in record:
-                held_steps.append(int(record["step"]))
-                held.append(float(record["holdout_bpb"]))
-            if "bpb" in record:
-                steps.append(int(record["step"]))
-                train.append(float(record["bpb"]))
+    steps, evaluations = read_metrics(run)
     return Curve(
         title=title,
-        steps=tuple(steps),
-        train_bpb=tuple(train),
-        held_out_steps=tuple(held_steps),
-        held_out_bpb=tuple(held),
+        steps=tuple(step.step for step in steps),
+        train_bpb=tuple(step.bpb for step in steps),
+        held_out_steps=tuple(evaluation.step for evaluation in evaluations),
+        held_out_bpb=tuple(evaluation.holdout_bpb for evaluation in evaluations),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from blt_train.files import replace_text
 from blt_train.report.curves import Curve, draw_curves
 from blt_train.report.heatmap import LARGEST_ENTROPY, HeatmapPatch
 
@@ -57,9 +57,4 @@ def write_report(path: Path, content: ReportContent) -> None:
         curves_svg=Markup(draw_curves(content.curves)),
         largest_entropy=LARGEST_ENTROPY,
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_text(path, page)
