@@ -1,6 +1,7 @@
 """The Byte Latent Transformer and its entropy language model in PyTorch."""
 
 from blt_model.attention import AttentionBackend
+from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM, StreamState, next_byte_entropy
 from blt_model.config import (
     PRESETS,
@@ -17,9 +18,13 @@ from blt_model.config import (
     to_json,
 )
 from blt_model.errors import ModelError
+from blt_model.generation import NextPatch, generate
+from blt_model.loss import cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
+from blt_model.weights import load_model, model_fingerprint, save_model
 
 __all__ = [
+    "BLT",
     "PRESETS",
     "AttentionBackend",
     "BLTConfig",
@@ -29,14 +34,20 @@ __all__ = [
     "HashEmbeddingConfig",
     "ModelConfig",
     "ModelError",
+    "NextPatch",
     "PackedBatch",
     "Placement",
     "Pooling",
     "StreamState",
     "TransformerConfig",
+    "cross_entropy_sum",
     "from_json",
+    "generate",
+    "load_model",
+    "model_fingerprint",
     "next_byte_entropy",
     "pack_documents",
     "preset",
+    "save_model",
     "to_json",
 ]

@@ -95,8 +95,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., dim] over its last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalise [..., dim] over its last dimension; the result has the dtype of x."""
+        # The fused kernels take one dtype only; they compute in float32 within.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
