@@ -84,7 +84,9 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
         file.sync()
         file.close()
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         # A full disk makes close() fail again as it flushes; the first error is the one to tell.
         with suppress(OSError):
             file.close()
