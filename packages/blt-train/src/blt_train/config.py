@@ -18,6 +18,8 @@ from blt_train.errors import ConfigError
 MIN_SEQUENCE_PATCHES = 4
 #: One document and the padding's pseudo-document.
 MIN_SEQUENCE_DOCUMENTS = 2
+#: Length of sequences where nothing says otherwise.
+DEFAULT_SEQUENCE_TOKENS = 2048
 #: A patch split into its first token and the rest needs two tokens.
 MIN_SEQUENCE_TOKENS = 2
 
@@ -64,7 +66,7 @@ class DataConfig:
     holdout: str | None = None
     """Shard directory of held-out documents for evaluation, of the same kind; null for no evaluation."""
 
-    sequence_tokens: int = 2048
+    sequence_tokens: int = DEFAULT_SEQUENCE_TOKENS
     """Tokens per sequence; every sequence has exactly as many, the unused ones being padding."""
 
     sequence_patches: int | None = None

@@ -160,7 +160,8 @@ def known_keys(cls: type = TrainConfig, prefix: str = "") -> list[str]:
     for item in dataclasses.fields(cls):
         inner = hints[item.name]
         name = prefix + item.name
-        keys += known_keys(inner, name + ".") if dataclasses.is_dataclass(inner) else [name]
+        is_section = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        keys += known_keys(inner, name + ".") if is_section else [name]
     return keys
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 import numpy.typing as npt
-from blt_data.shards import ShardDirectory, ShardKind
 
+from blt_data.shards import ShardDirectory, ShardKind
 from blt_train.errors import ConfigError
 
 Int64Array = npt.NDArray[np.int64]
@@ -121,7 +121,8 @@ def read_documents(directory: ShardDirectory) -> DocumentTable:
 def _input_patches(offsets: Int64Array, lengths: npt.NDArray[np.uint16]) -> Int64Array:
     """Return int64 [D]: patches that hold an input token; the last one does not where it is EOS alone."""
     eos_alone = lengths[offsets[1:] - 1] == 1
-    return np.diff(offsets) - eos_alone
+    counts: Int64Array = np.diff(offsets) - eos_alone
+    return counts
 
 
 def _typed_list(columns: Sequence[npt.NDArray[np.uint16]]) -> Sequence[npt.NDArray[np.uint16]]:

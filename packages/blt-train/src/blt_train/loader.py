@@ -20,16 +20,13 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from blt_data.framing import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID
 from blt_data.shards import ShardKind
-from blt_model import PackedBatch
-
+from blt_model.packed import IGNORED_TARGET, PackedBatch
 from blt_train.documents import DocumentTable
-from blt_train.plan import Capacity, Plan
+from blt_train.plan import PADDING_PATCHES, Capacity, Plan
 from blt_train.sequences import SequenceStream
-
-#: Target of padding positions; `torch.nn.functional.cross_entropy` ignores it.
-IGNORED_TARGET = -100
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -47,10 +44,12 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the batch on a device; the copy is asynchronous from pinned memory."""
-        return MicroBatch(packed=self.packed.to(device), targets=self.targets.to(device, non_blocking=True))
+        return MicroBatch(
+            packed=self.packed.to(device, non_blocking=True), targets=self.targets.to(device, non_blocking=True)
+        )
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _fill_tokens(
     content: npt.NDArray[np.uint8], start: int, end: int, tokens: Int64Array, targets: Int64Array, at: int
 ) -> None:
@@ -68,7 +67,7 @@ def _fill_tokens(
         targets[at + last_byte - start] = EOS_ID
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _fill_patches(
     lengths: npt.NDArray[np.uint16],
     skip: int,
@@ -93,7 +92,7 @@ def _fill_patches(
     patch_offsets[next_patch] = at
     decoder_patch[at] = next_patch
     # Inside a document the first patch is split, its first token being a patch of its own; then its rest comes next.
-    has_rest = piece[0] > 0 and np.int64(lengths[0]) - skip > 1
+    has_rest = piece[0] > 0 and int(lengths[0]) - skip > 1
     column = -1 if has_rest else 0
     latest = next_patch
     position = 1
@@ -102,7 +101,7 @@ def _fill_patches(
         latest += 1
         patch_offsets[latest] = at + position
         column += 1
-        length = np.int64(lengths[column])
+        length = int(lengths[column])
         if column == 0:
             length -= skip + 1
         boundary = position + length
@@ -116,10 +115,55 @@ def _fill_patches(
     return latest - next_patch + 1
 
 
+class _Arrays:
+    """The arrays of one batch while it is being written, sequence by sequence, piece by piece."""
+
+    def __init__(self, capacity: Capacity, num_sequences: int) -> None:
+        size = num_sequences * capacity.tokens
+        num_patches = num_sequences * capacity.patches
+        self.tokens = np.full(size, BOE_ID, dtype=np.int64)
+        self.targets = np.full(size, IGNORED_TARGET, dtype=np.int64)
+        self.document_offsets = np.full(num_sequences * capacity.documents + 1, size, dtype=np.int32)
+        self.patch_offsets = np.full(num_patches + 1, size, dtype=np.int32)
+        self.decoder_patch = np.zeros(size if num_patches else 0, dtype=np.int64)
+        self.next_document = 0
+        self.next_patch = 0
+        self.longest_in_tokens = 1
+        self.longest_in_patches = 1
+
+    def begin(self, at: int, num_tokens: int) -> None:
+        """Count a document (or piece) of some tokens that begins at a position."""
+        self.document_offsets[self.next_document] = at
+        self.next_document += 1
+        self.longest_in_tokens = max(self.longest_in_tokens, num_tokens)
+
+    def add_patches(self, count: int) -> None:
+        """Count the patches that the latest document has been given."""
+        self.next_patch += count
+        self.longest_in_patches = max(self.longest_in_patches, count)
+
+    def pad(self, at: int, num_tokens: int) -> None:
+        """Make the positions from `at` a pseudo-document without targets, in patches of one token and the rest."""
+        self.begin(at, num_tokens)
+        if self.decoder_patch.size:
+            count = min(PADDING_PATCHES, num_tokens)
+            self.patch_offsets[self.next_patch : self.next_patch + count] = (at, at + 1)[:count]
+            self.decoder_patch[at : at + num_tokens] = self.next_patch
+            self.add_patches(count)
+
+
 class BatchBuilder:
     """Builds packed batches of a fixed number of sequences from plans."""
 
-    def __init__(self, documents: DocumentTable, capacity: Capacity, num_sequences: int, *, pin: bool = False) -> None:
+    def __init__(
+        self,
+        documents: DocumentTable,
+        capacity: Capacity,
+        num_sequences: int,
+        *,
+        pin: bool = False,
+        static_shapes: bool = False,
+    ) -> None:
         """Prepare to build.
 
         Args:
@@ -127,12 +171,15 @@ class BatchBuilder:
             capacity: of one sequence.
             num_sequences: sequences B per batch.
             pin: put the tensors into pinned memory, for asynchronous copies to CUDA.
+            static_shapes: keep all capacities and bounds the same in every batch, so that a compiled model is compiled
+                once; otherwise unused documents and patches are left out, which saves their computation.
         """
         self._documents = documents
         self._capacity = capacity
         self._num_sequences = num_sequences
         self._is_patched = documents.kind is ShardKind.PATCHED
         self._pin = pin
+        self._static_shapes = static_shapes
 
     def build(self, sequences: Sequence[tuple[Plan, int]]) -> MicroBatch:
         """Build one batch.
@@ -141,74 +188,58 @@ class BatchBuilder:
             sequences: up to B sequences as (plan, index within it); missing ones are all padding.
 
         Returns:
-            Tensors on the CPU, of the same shapes every time.
+            Tensors on the CPU; tokens and targets always of B * T positions.
         """
-        count, size = self._num_sequences, self._capacity.tokens
-        tokens = np.full(count * size, BOE_ID, dtype=np.int64)
-        targets = np.full(count * size, IGNORED_TARGET, dtype=np.int64)
-        num_patches = count * self._capacity.patches if self._is_patched else 0
-        patch_offsets = np.full(num_patches + 1, count * size, dtype=np.int32)
-        decoder_patch = np.zeros(count * size if self._is_patched else 0, dtype=np.int64)
-        starts: list[int] = []
-        next_patch = 0
-        for slot in range(count):
-            at = slot * size
+        arrays = _Arrays(self._capacity, self._num_sequences)
+        for slot in range(self._num_sequences):
+            at, end = slot * self._capacity.tokens, (slot + 1) * self._capacity.tokens
             if slot < len(sequences):
                 plan, index = sequences[slot]
                 first = int(plan.first_piece[index])
                 for piece in range(first, first + int(plan.num_pieces[index])):
-                    starts.append(at)
-                    next_patch += self._fill(plan, piece, at, (tokens, targets, patch_offsets, decoder_patch, next_patch))
+                    self._fill(arrays, plan, piece, at)
                     at += int(plan.piece_end[piece] - plan.piece_start[piece])
-            padding = (slot + 1) * size - at
-            if padding:
-                starts.append(at)
-                if self._is_patched:
-                    patch_offsets[next_patch : next_patch + min(2, padding)] = (at, at + 1)[: min(2, padding)]
-                    decoder_patch[at : at + padding] = next_patch
-                    next_patch += min(2, padding)
-        document_offsets = np.full(count * self._capacity.documents + 1, count * size, dtype=np.int32)
-        document_offsets[: len(starts)] = starts
-        return self._as_tensors(tokens, targets, document_offsets, patch_offsets, decoder_patch)
+            if at < end:
+                arrays.pad(at, end - at)
+        return self._as_tensors(arrays)
 
-    def _fill(
-        self, plan: Plan, piece: int, at: int, into: tuple[Int64Array, Int64Array, Int32Array, Int64Array, int]
-    ) -> int:
-        """Write one piece; return its number of patches."""
-        tokens, targets, patch_offsets, decoder_patch, next_patch = into
+    def _fill(self, arrays: _Arrays, plan: Plan, piece: int, at: int) -> None:
+        """Write one piece from a position on."""
         table = self._documents
         document = int(plan.piece_document[piece])
         start, end = int(plan.piece_start[piece]), int(plan.piece_end[piece])
         shard, first_byte = int(table.shard[document]), int(table.content_start[document])
         content = table.contents[shard][first_byte : first_byte + int(table.tokens[document]) - 1]
-        _fill_tokens(content, start, end, tokens, targets, at)
-        if not self._is_patched:
-            return 0
-        lengths = table.patch_lengths[shard][int(table.patch_start[document]) + int(plan.piece_patch[piece]) :]
-        skip = int(plan.piece_skip[piece])
-        return int(_fill_patches(lengths, skip, (start, end), patch_offsets, decoder_patch, at, next_patch))
+        arrays.begin(at, end - start)
+        _fill_tokens(content, start, end, arrays.tokens, arrays.targets, at)
+        if self._is_patched:
+            lengths = table.patch_lengths[shard][int(table.patch_start[document]) + int(plan.piece_patch[piece]) :]
+            skip = int(plan.piece_skip[piece])
+            into = (arrays.patch_offsets, arrays.decoder_patch)
+            arrays.add_patches(int(_fill_patches(lengths, skip, (start, end), *into, at, arrays.next_patch)))
 
-    def _as_tensors(
-        self,
-        tokens: Int64Array,
-        targets: Int64Array,
-        document_offsets: Int32Array,
-        patch_offsets: Int32Array,
-        decoder_patch: Int64Array,
-    ) -> MicroBatch:
+    def _as_tensors(self, arrays: _Arrays) -> MicroBatch:
         """Wrap the arrays as tensors, pinned if asked."""
 
         def tensor(array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> torch.Tensor:
             wrapped = torch.from_numpy(array)
             return wrapped.pin_memory() if self._pin else wrapped
 
+        document_offsets, patch_offsets = arrays.document_offsets, arrays.patch_offsets
+        longest = (self._capacity.tokens, patch_offsets.size - 1)
+        if not self._static_shapes:
+            document_offsets = document_offsets[: arrays.next_document + 1]
+            patch_offsets = patch_offsets[: arrays.next_patch + 1]
+            longest = (arrays.longest_in_tokens, arrays.longest_in_patches)
         packed = PackedBatch(
-            tokens=tensor(tokens),
+            tokens=tensor(arrays.tokens),
             document_offsets=tensor(document_offsets),
             patch_offsets=tensor(patch_offsets) if self._is_patched else None,
-            decoder_patch=tensor(decoder_patch) if self._is_patched else None,
+            decoder_patch=tensor(arrays.decoder_patch) if self._is_patched else None,
+            max_document_tokens=longest[0],
+            max_document_patches=longest[1] if self._is_patched else None,
         )
-        return MicroBatch(packed=packed, targets=tensor(targets))
+        return MicroBatch(packed=packed, targets=tensor(arrays.targets))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,6 +285,7 @@ class Loader:
         end_step: int,
         prefetch: int = 4,
         pin: bool = False,
+        static_shapes: bool = False,
     ) -> None:
         """Prepare the loader; the thread starts on entering the context.
 
@@ -264,11 +296,14 @@ class Loader:
             end_step: step to end before.
             prefetch: micro batches to keep ready.
             pin: make pinned tensors.
+            static_shapes: see `BatchBuilder`.
         """
         self._stream = stream
         self._part = part
         self._steps = range(first_step, end_step)
-        self._builder = BatchBuilder(stream.documents, stream.capacity, part.sequences_per_micro_batch, pin=pin)
+        self._builder = BatchBuilder(
+            stream.documents, stream.capacity, part.sequences_per_micro_batch, pin=pin, static_shapes=static_shapes
+        )
         self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 import numpy.typing as npt
-from blt_data.shards import ShardKind
 
+from blt_data.shards import ShardKind
 from blt_train.config import MIN_SEQUENCE_DOCUMENTS, MIN_SEQUENCE_PATCHES
 from blt_train.documents import DocumentTable, Int64Array
 
@@ -95,7 +95,7 @@ class Plan:
         return float(self.sequence_tokens.sum()) / (self.num_sequences * capacity.tokens)
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _mix(state: np.uint64) -> np.uint64:
     """Return splitmix64's output for a state."""
     z = state
@@ -104,13 +104,13 @@ def _mix(state: np.uint64) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _permutation(count: int, state: np.uint64) -> Int64Array:
     """Return int64 [count]: Fisher-Yates over splitmix64; the bias of the remainder is below count / 2**64."""
     order = np.arange(count)
     for index in range(count - 1, 0, -1):
         state = state + _GOLDEN
-        other = np.int64(_mix(state) % np.uint64(index + 1))
+        other = int(_mix(state) % np.uint64(index + 1))
         order[index], order[other] = order[other], order[index]
     return order
 
@@ -132,7 +132,7 @@ def permutation(count: int, *key: int) -> Int64Array:
     return order
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _grown(array: Int64Array) -> Int64Array:
     """Return a copy with twice the rows."""
     result = np.empty((2 * array.shape[0], array.shape[1]), dtype=array.dtype)
@@ -140,7 +140,7 @@ def _grown(array: Int64Array) -> Int64Array:
     return result
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _take_patches(
     lengths: npt.NDArray[np.uint16], patch: int, skip: int, start: int, total: int, room: tuple[int, int], limit: int
 ) -> tuple[int, int, int, int]:
@@ -157,7 +157,7 @@ def _take_patches(
     """
     tokens, patches = 0, 0
     while start + tokens < total:
-        rest = min(np.int64(lengths[patch]) - skip, total - start - tokens)
+        rest = min(int(lengths[patch]) - skip, total - start - tokens)
         is_split = start > 0 and tokens == 0
         taken = min(rest, room[0] - tokens) if rest > limit else rest
         cost = 2 if is_split and taken > 1 else 1
@@ -172,7 +172,7 @@ def _take_patches(
     return tokens, patches, patch, skip
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _pack(
     order: Int64Array,
     doc_tokens: Int64Array,
@@ -200,7 +200,6 @@ def _pack(
             taken, taken_patches = 0, 0
             next_patch, next_skip = patch, skip
             whole = start == 0 and total <= room[0] and doc_patches[document] <= room[1]
-            can_be_whole = total <= limit and (max_patches == 0 or doc_patches[document] <= max_patches)
             if num_pieces - first == max_documents or (keep_whole and start == 0 and not whole and tokens > 0):
                 taken = 0
             elif whole:

@@ -1,0 +1,233 @@
+"""Checkpoints: model, optimizer and trainer state in one directory, complete or absent, without pickle.
+
+    RUN/checkpoints/step-00000400/config.json, model.safetensors   a model directory of blt_model
+                                  optimizer.safetensors            AdamW's moments, by parameter name
+                                  trainer.json                     step, config, what data it was trained on
+    RUN/latest -> checkpoints/step-00000400                        moved when the checkpoint is durable
+
+The order of data follows from the step, and training draws no random number after the initial weights, so neither a
+loader's nor a generator's state needs keeping.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from blt_model import BLT, ByteLM
+from blt_model.weights.native import save_model
+from blt_train.errors import CheckpointError
+from blt_train.files import point_link, publish_directory
+
+FORMAT_VERSION = 1
+CHECKPOINTS_NAME = "checkpoints"
+LATEST_NAME = "latest"
+TRAINER_NAME = "trainer.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
+_TEMPORARY_PREFIX = ".tmp-"
+_PACKAGES = ("blt-data", "blt-model", "blt-patcher", "blt-train", "torch", "numpy")
+
+Model = ByteLM | BLT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """Contents of `trainer.json`."""
+
+    step: int
+    """Optimizer steps done."""
+
+    config: Mapping[str, Any]
+    """The resolved config, as nested plain values."""
+
+    data: Mapping[str, Any]
+    """Of the training shards: `fingerprint`, `kind` and `provenance`."""
+
+    entropy_model: str | None
+    """Fingerprint of the entropy model that scored the shards; null where there is none."""
+
+    packages: Mapping[str, str]
+    """Versions of the packages that wrote the checkpoint."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "config": dict(self.config),
+            "data": dict(self.data),
+            "entropy_model": self.entropy_model,
+            "packages": dict(self.packages),
+        }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions that a checkpoint records."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint that a path names: a checkpoint itself, or a run directory's latest.
+
+    Args:
+        path: a checkpoint or model directory, or a run directory.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    directory = Path(path)
+    latest = directory / LATEST_NAME
+    if latest.is_symlink() and not latest.exists():
+        raise CheckpointError(f"{latest}: points to a checkpoint that is gone; point it to one in {CHECKPOINTS_NAME}/")
+    if latest.exists():
+        return latest.resolve()
+    if (directory / "config.json").is_file():
+        return directory.resolve()
+    if not directory.exists():
+        raise CheckpointError(f"{directory}: no such checkpoint or run directory")
+    raise CheckpointError(f"{directory}: holds no checkpoint; name a run directory or a checkpoint within it")
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """Read a checkpoint's `trainer.json`.
+
+    Args:
+        checkpoint: the checkpoint's directory.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or of another version.
+    """
+    path = checkpoint / TRAINER_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: has format version {version}, this blt-train reads {FORMAT_VERSION}")
+        return TrainerState(**content)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing, so this is no training checkpoint") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: is damaged; resume from another checkpoint") from error
+
+
+class RunDirectory:
+    """A run directory and its checkpoints; only the first rank writes."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Name the directory; nothing is made yet.
+
+        Args:
+            path: the run directory.
+        """
+        self.path = Path(path)
+
+    def lock(self) -> IO[str]:
+        """Make the directory and claim it for this process until the returned file is closed.
+
+        Raises:
+            CheckpointError: another process trains in it.
+        """
+        (self.path / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise CheckpointError(f"{self.path}: another process is training here; choose another run=") from error
+        return file
+
+    def latest(self) -> Path | None:
+        """Return the latest checkpoint's directory, or None where there is none yet.
+
+        Raises:
+            CheckpointError: `latest` points to nothing.
+        """
+        if not (self.path / LATEST_NAME).is_symlink():
+            return None
+        return checkpoint_directory(self.path)
+
+    def clean(self) -> None:
+        """Remove what a killed process left: unfinished checkpoints, and finished ones that `latest` never reached."""
+        latest = self.latest()
+        for directory in (self.path / CHECKPOINTS_NAME).iterdir():
+            is_newer = directory.name.startswith("step-") and (latest is None or directory.name > latest.name)
+            if directory.name.startswith(_TEMPORARY_PREFIX) or is_newer:
+                shutil.rmtree(directory)
+
+    def save(self, model: Model, optimizer: torch.optim.Optimizer, state: TrainerState, keep_last: int) -> Path:
+        """Write a checkpoint, make it durable, move `latest` to it, and remove the oldest.
+
+        Args:
+            model: without wrappers.
+            optimizer: of the model's parameters.
+            state: the rest.
+            keep_last: how many checkpoints stay.
+
+        Returns:
+            The checkpoint's directory.
+        """
+        folder = self.path / CHECKPOINTS_NAME
+        name = f"step-{state.step:08d}"
+        temporary = folder / (_TEMPORARY_PREFIX + name)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        save_model(model, temporary)
+        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER_NAME)
+        text = json.dumps(state.to_json(), indent=2, ensure_ascii=False) + "\n"
+        (temporary / TRAINER_NAME).write_text(text, encoding="utf-8")
+        publish_directory(temporary, folder / name)
+        point_link(self.path / LATEST_NAME, f"{CHECKPOINTS_NAME}/{name}")
+        for old in sorted(folder.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(old)
+        return folder / name
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as `<moment>.<parameter name>` tensors on the CPU."""
+    return {
+        f"{moment}.{name}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fill an optimizer with a checkpoint's state.
+
+    Args:
+        checkpoint: the checkpoint's directory.
+        model: without wrappers, on its device.
+        optimizer: fresh, of the model's parameters.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or is of other parameters.
+    """
+    path = checkpoint / OPTIMIZER_NAME
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: is missing or damaged; resume from another checkpoint") from error
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition(".")
+        by_name.setdefault(name, {})[moment] = value.clone()
+    if sorted(by_name) != sorted(ordered):
+        raise CheckpointError(f"{path}: holds another model's state; resume from another checkpoint")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {i: by_name[name] for i, name in enumerate(ordered)}, "param_groups": groups})

@@ -1,0 +1,190 @@
+"""The `blt-train` command."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from blt_data.console import ProgressBar, format_bytes, friendly_errors, print_table, progress
+from blt_train.config import Precision, TrainConfig
+from blt_train.config_parsing import load_config
+from blt_train.evaluation import evaluate
+from blt_train.generation import decode_stream, generate
+from blt_train.launch import EXIT_SIGTERM, check_processes, is_rank, launch_processes, run_as_rank, torchrun_command
+from blt_train.metrics import Metrics, StepMetrics
+from blt_train.trainer import TrainResult, train
+
+
+@click.group()
+def main() -> None:
+    """Train, evaluate and run Byte Latent Transformers and their entropy models."""
+
+
+@main.command("launch")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--nproc-per-node", "processes", default=1, show_default=True, help="Processes, one per device.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the run's latest checkpoint.")
+@friendly_errors
+def launch_command(config: str, overrides: tuple[str, ...], processes: int, resume: bool) -> None:
+    """Train the model of CONFIG, a YAML file or the name of a packaged config.
+
+    Config fields are set by KEY=VALUE with dotted keys, such as `data.train=DIR schedule.total_steps=500`. A second
+    launch goes on from the latest checkpoint of the run directory.
+    """
+    if is_rank():
+        run_as_rank(functools.partial(_train, load_config(config, overrides), resume))
+        return
+    loaded = load_config(config, overrides)
+    check_processes(loaded, processes)
+    if processes == 1:
+        _train(loaded, resume)
+        return
+    arguments = ["launch", config, *overrides, *([] if resume else ["--no-resume"])]
+    click.echo(f"the same by hand: {torchrun_command(arguments, processes)}", err=True)
+    launch_processes(arguments, processes)
+
+
+def _train(config: TrainConfig, resume: bool) -> None:
+    """Train in this process, showing progress, and print the summary on the first rank."""
+    rank_is_shown = not is_rank() or _is_first_rank()
+    if not rank_is_shown:
+        result = train(config, resume=resume)
+    else:
+        with progress(f"training {config.run}", config.schedule.total_steps, "steps") as bar:
+            result = train(config, resume=resume, on_progress=_StepProgress(bar))
+        _print_summary(result)
+    if not result.is_finished:
+        click.echo(f"stopped by SIGTERM after step {result.step}; run the same command again to go on", err=True)
+        sys.exit(EXIT_SIGTERM)
+
+
+def _is_first_rank() -> bool:
+    return os.environ["RANK"] == "0"
+
+
+class _StepProgress:
+    """Moves a progress bar by the metrics of a run, also one that is resumed in the middle."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
+        self._done = 0
+        self._holdout = ""
+
+    def __call__(self, metrics: Metrics) -> None:
+        if isinstance(metrics, StepMetrics):
+            note = f"{metrics.bpb:.3f} bits/byte{self._holdout}, {format_bytes(metrics.bytes_per_second)}/s"
+            self._bar.advance(metrics.step - self._done, note)
+            self._done = metrics.step
+        else:
+            self._holdout = f" (held out {metrics.holdout_bpb:.3f})"
+
+
+def _print_summary(result: TrainResult) -> None:
+    rows: dict[str, object] = {"checkpoint": result.checkpoint, "steps": result.step}
+    if result.steps:
+        last = result.steps[-1]
+        rows["bytes seen"] = format_bytes(sum(metrics.bytes for metrics in result.steps))
+        rows["epochs"] = f"{last.epoch:.2f}"
+        rows["last batch, bits per byte"] = f"{last.bpb:.4f}"
+        rows["speed"] = f"{format_bytes(result.bytes_per_second)}/s"
+        if last.mean_patch_length is not None:
+            rows["mean patch length"] = f"{last.mean_patch_length:.2f} tokens"
+        mean_utilisation = sum(metrics.utilisation for metrics in result.steps) / len(result.steps)
+        rows["utilisation"] = f"{100 * mean_utilisation:.1f}%"
+        rows["peak memory"] = format_bytes(last.memory_bytes)
+    if result.evaluations:
+        first, newest = result.evaluations[0], result.evaluations[-1]
+        rows[f"held-out bits per byte, step {first.step}"] = f"{first.holdout_bpb:.4f}"
+        if newest is not first:
+            rows[f"held-out bits per byte, step {newest.step}"] = f"{newest.holdout_bpb:.4f}"
+    print_table("Training" if result.is_finished else "Training, stopped", rows)
+
+
+@main.command("evaluate")
+@click.option(
+    "--checkpoint", required=True, type=click.Path(path_type=Path), help="Run, checkpoint or model directory."
+)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Shard directory of held-out documents.")
+@click.option("--max-bytes", type=click.IntRange(min=1), help="Evaluate the first documents up to this many bytes.")
+@click.option("--sequence-tokens", type=click.IntRange(min=2), help="Cut longer documents; as in training by default.")
+@click.option("--precision", type=click.Choice([*Precision]), default=str(Precision.FLOAT32), show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@friendly_errors
+def evaluate_command(
+    checkpoint: Path, data: Path, max_bytes: int | None, sequence_tokens: int | None, precision: str, device: str
+) -> None:
+    """Print bits per byte of a model on held-out documents."""
+    with progress("evaluating", unit="B") as bar:
+        result = evaluate(
+            checkpoint,
+            data,
+            max_bytes=max_bytes,
+            sequence_tokens=sequence_tokens,
+            precision=Precision(precision),
+            device=device,
+            progress=bar,
+        )
+    print_table(
+        "Evaluation",
+        {
+            "documents": result.documents,
+            "bytes": result.bytes,
+            "predictions (bytes and EOS)": result.targets,
+            "nats per prediction": f"{result.loss:.4f}",
+            "bits per byte": f"{result.bpb:.4f}",
+        },
+    )
+
+
+@main.command("generate")
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Run directory or checkpoint.")
+@click.option("--prompt", required=True, help="Text to continue; may be empty.")
+@click.option("--max-new-bytes", type=click.IntRange(min=0), default=200, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest byte.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw among the k likeliest bytes only.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option("--entropy-model", type=click.Path(path_type=Path), help="Instead of the run's own copy.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Also write prompt and bytes, as is.")
+@friendly_errors
+def generate_command(
+    checkpoint: Path,
+    prompt: str,
+    max_new_bytes: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    entropy_model: Path | None,
+    device: str,
+    output: Path | None,
+) -> None:
+    """Continue a prompt, on standard output as it comes."""
+    start = prompt.encode("utf-8", errors="surrogateescape")
+    values = generate(
+        checkpoint,
+        start,
+        max_new_bytes=max_new_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        entropy_model=entropy_model,
+        device=device,
+    )
+    kept = bytearray(start)
+    click.echo(start.decode("utf-8", errors="replace"), nl=False)
+
+    def keep(value: int) -> int:
+        kept.append(value)
+        return value
+
+    for text in decode_stream(map(keep, values)):
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    click.echo()
+    if output is not None:
+        output.write_bytes(bytes(kept))

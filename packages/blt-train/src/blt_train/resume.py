@@ -1,0 +1,178 @@
+"""Starting and resuming in a run directory: what may differ from the checkpoint, and what may not.
+
+What decides the numbers (model, order of data, batch, optimizer, schedule, precision, seed, the data itself) must be
+as it was; where and how fast it runs (device, processes, micro batch, threads, compile), what is evaluated and kept,
+and where files lie may change.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blt_model import ModelError, from_json, to_json
+from blt_model.weights.native import load_model, model_fingerprint, save_model
+from blt_train.checkpoint import Model, RunDirectory, TrainerState, read_trainer_state
+from blt_train.config_parsing import config_to_mapping, config_to_yaml
+from blt_train.errors import CheckpointError
+from blt_train.files import publish_directory, replace_text
+from blt_train.inputs import Inputs
+from blt_train.metrics import truncate_metrics
+
+log = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+ENTROPY_MODEL_NAME = "entropy-model"
+
+#: Config keys that a resumed run must share with its checkpoint; a section stands for all its keys.
+FIXED_KEYS = (
+    "data.sequence_tokens",
+    "data.sequence_patches",
+    "data.sequence_documents",
+    "batch.sequences_per_step",
+    "optimizer",
+    "schedule",
+    "precision",
+    "seed",
+)
+
+
+def prepare_run(run: RunDirectory, inputs: Inputs, *, resume: bool) -> None:
+    """Make a run directory ready, on the first rank only: check, clean, write the config, cut the metrics.
+
+    Args:
+        run: locked by the caller.
+        inputs: of the run.
+        resume: False refuses a directory that has a checkpoint.
+
+    Raises:
+        CheckpointError: the run's checkpoint does not fit the inputs, or `resume` is False and there is one.
+    """
+    latest = run.latest()
+    step = -1
+    if latest is not None:
+        if not resume:
+            raise CheckpointError(f"{run.path}: already holds a run ({latest.name}); choose another run= or resume it")
+        state = read_trainer_state(latest)
+        check_resumable(latest, state, inputs)
+        step = state.step
+        log.info("resuming from %s", latest)
+    run.clean()
+    truncate_metrics(run.path, step)
+    replace_text(run.path / CONFIG_NAME, config_to_yaml(inputs.config))
+    if inputs.entropy_model is not None:
+        _keep_entropy_model(run.path / ENTROPY_MODEL_NAME, inputs)
+
+
+def check_resumable(checkpoint: Path, state: TrainerState, inputs: Inputs) -> None:
+    """Refuse a checkpoint that was made with another model, other data, or another config where that matters.
+
+    Args:
+        checkpoint: its directory, for messages.
+        state: its `trainer.json`.
+        inputs: of the run that would go on from it.
+
+    Raises:
+        CheckpointError: naming the first difference and the mend.
+    """
+    mend = "set it back to resume, or choose another run= to start anew"
+    present = to_json(inputs.architecture)
+    try:
+        saved = to_json(from_json(_read_json(checkpoint / "config.json")))
+    except ModelError as error:
+        raise CheckpointError(f"{checkpoint / 'config.json'}: {error}") from error
+    if saved["architecture"] != present["architecture"]:
+        raise CheckpointError(
+            f"{checkpoint}: holds a model of architecture {saved['architecture']}, the config says "
+            f"{present['architecture']}: {mend}"
+        )
+    _refuse_difference(checkpoint, "model: ", _flat(saved), _flat(present), mend)
+    fingerprint = inputs.directory.manifest.fingerprint()
+    if state.data["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: was trained on other data than {inputs.directory.path} (fingerprint "
+            f"{state.data['fingerprint'][:12]}, here {fingerprint[:12]}): name the data that it was trained on, or "
+            "choose another run= to start anew"
+        )
+    fixed = [
+        {key: value for key, value in _flat(config).items() if _is_fixed(key)}
+        for config in (state.config, config_to_mapping(inputs.config))
+    ]
+    _refuse_difference(checkpoint, "", fixed[0], fixed[1], mend)
+
+
+def load_for_resume(checkpoint: Path, device: torch.device) -> tuple[Model, int]:
+    """Load a checkpoint's model.
+
+    Args:
+        checkpoint: its directory, checked by `check_resumable`.
+        device: where to.
+
+    Returns:
+        The model, and the number of steps it has been trained for.
+
+    Raises:
+        CheckpointError: the weights are damaged.
+    """
+    try:
+        model = load_model(checkpoint)
+    except ModelError as error:
+        raise CheckpointError(f"{checkpoint}: cannot be resumed: {error}") from error
+    # Tensors of a safetensors file lie wherever the file has them. Matrix products on CPU may round differently on
+    # memory that is aligned differently, so they move to memory of torch's own, as an uninterrupted run's are.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.to(device), read_trainer_state(checkpoint).step
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: is missing or damaged; resume from another checkpoint") from error
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED_KEYS)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        name = prefix + key
+        flat.update(_flat(value, name + ".") if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def _refuse_difference(
+    checkpoint: Path, what: str, saved: Mapping[str, Any], present: Mapping[str, Any], mend: str
+) -> None:
+    """Raise the error that names the first key in which two flat configs differ, if any."""
+    for key in sorted({*saved, *present}):
+        if saved.get(key) != present.get(key):
+            raise CheckpointError(
+                f"{checkpoint}: was trained with {what}{key} = {saved.get(key)!r}, the config says "
+                f"{present.get(key)!r}: {mend}"
+            )
+
+
+def _keep_entropy_model(directory: Path, inputs: Inputs) -> None:
+    """Copy the entropy model into the run, unless it is there, so that the run can generate on its own."""
+    if inputs.entropy_model is None:
+        return
+    if (directory / "config.json").exists():
+        present = load_model(directory)
+        if model_fingerprint(present) == inputs.entropy_fingerprint:
+            return
+    temporary = directory.with_name(f".tmp-{directory.name}")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    save_model(inputs.entropy_model, temporary)
+    publish_directory(temporary, directory)

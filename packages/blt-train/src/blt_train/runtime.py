@@ -1,0 +1,142 @@
+"""Where a training process runs: its rank, its device, its arithmetic, and sums over all ranks.
+
+One process needs no process group. Under torchrun (recognised by its environment variables) every process joins one,
+gloo for CPU and NCCL for CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from blt_train.config import Precision, TrainConfig
+from blt_train.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """This process among the processes of the job."""
+
+    device: torch.device
+    """Where the model lives."""
+
+    rank: int = 0
+    """Number of this process among all."""
+
+    world_size: int = 1
+    """Number of processes."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
+        """Return sums over all ranks.
+
+        Args:
+            values: equally many numbers on every rank.
+        """
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        result: list[float] = total.tolist()
+        return result
+
+
+def launched_world_size() -> int:
+    """Return the number of processes of the job that this process was launched in; 1 outside torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device that a config names.
+
+    Args:
+        name: `auto`, `cpu` or `cuda`.
+        local_rank: which GPU of this machine.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there, or there are fewer GPUs than processes.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ConfigError(
+            f"device is {name}, but process {local_rank} of this machine finds {count} CUDA device(s): use device=cpu "
+            "or fewer processes"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def open_runtime(config: TrainConfig) -> Iterator[Runtime]:
+    """Join the job and set the process up; leave it afterwards.
+
+    Args:
+        config: device, threads and precision are read.
+
+    Yields:
+        This process's place.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    world_size = launched_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
+    device = choose_device(config.device, local_rank)
+    threads_before, matmul_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif world_size > 1:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    # What autocast leaves in float32 may use TF32; a float32 run keeps all its bits.
+    torch.set_float32_matmul_precision("high" if config.precision is Precision.BFLOAT16 else "highest")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    try:
+        rank = dist.get_rank() if world_size > 1 else 0
+        yield Runtime(device=device, rank=rank, world_size=world_size)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+        torch.set_num_threads(threads_before)
+        torch.set_float32_matmul_precision(matmul_before)
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context in which forward passes run.
+
+    Args:
+        device: of the model.
+        precision: float32 leaves everything as it is.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is Precision.BFLOAT16)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory used so far: allocated on the GPU, or resident in RAM for CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
