@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import time
 from contextlib import ExitStack
@@ -87,9 +86,7 @@ def main() -> None:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=lambda: len(os.sched_getaffinity(0)),
-    show_default="all CPUs",
-    help="Processes; they change nothing but the time.",
+    help="Processes; they change nothing but the time.  [default: as many as CPUs, fewer for little data]",
 )
 @friendly_errors
 def prepare_command(
@@ -101,7 +98,7 @@ def prepare_command(
     text_column: str,
     id_column: str,
     source_name: str | None,
-    workers: int,
+    workers: int | None,
 ) -> None:
     """Write the documents of a source to a directory of byte shards.
 
@@ -156,9 +153,7 @@ class _ProgressView(ExitStack):
                 err=True,
             )
         if start.tasks_resumed:
-            click.echo(
-                f"going on after {start.tasks_resumed} of {start.tasks} tasks, finished by an earlier run", err=True
-            )
+            click.echo(f"an earlier run finished {start.tasks_resumed} of {start.tasks} tasks; going on", err=True)
         total = start.source_bytes if self._limit is None else min(start.source_bytes, self._limit)
         self._bar = self.enter_context(progress("preparing", total=total, unit="B"))
 
@@ -175,9 +170,7 @@ def _with_mend(error: OSError, output: Path) -> Exception:
     """Return the system's error as a sentence that says what to do about it."""
     where = error.filename or output
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return InputError(
-            f"{where}: {error.strerror}; free space and run the same command again, it goes on from there"
-        )
+        return InputError(f"{where}: {error.strerror}; free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{where}: {error.strerror}; check its permissions or name another path")
     return error

@@ -38,6 +38,9 @@ WORK_NAME: Final = ".work"
 #: Content bytes per shard unless told otherwise.
 DEFAULT_SHARD_BYTES: Final = 128 << 20
 
+#: Bytes to read for which starting another process (about a second) is worth its time.
+_WORKER_BYTES: Final = 100_000_000
+
 #: Takes source bytes read, documents and content bytes written since its last call.
 ProgressSink = Callable[[int, int, int], None]
 
@@ -62,8 +65,8 @@ class PrepareConfig:
     """Column or key that holds the id; where it is missing, null or empty, `path#row` serves."""
     source_name: str | None = None
     """The `source` of every document; None takes the name of the file or directory."""
-    workers: int = 1
-    """Processes; they change nothing but the time."""
+    workers: int | None = None
+    """Processes; they change nothing but the time. None takes as many as CPUs, fewer for little data."""
 
     def __post_init__(self) -> None:
         if self.holdout_fraction is not None and not 0 < self.holdout_fraction < 1:
@@ -186,10 +189,14 @@ def _run_tasks(
     ShardExecutor(
         [reader, *limit, writer],
         folders=folders,
-        workers=config.workers,
+        workers=config.workers or _worthwhile_workers(tasks),
         logging_dir=Path(config.output) / WORK_NAME / "datatrove",
         on_progress=on_progress,
     ).run()
+
+
+def _worthwhile_workers(tasks: Sequence[Task]) -> int:
+    return min(len(os.sched_getaffinity(0)), 1 + sum(task.weight for task in tasks) // _WORKER_BYTES)
 
 
 def _provenance(config: PrepareConfig, source: Source) -> dict[str, JSON]:

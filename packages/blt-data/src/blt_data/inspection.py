@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import numpy as np
+import numpy.typing as npt
 
 from blt_data.console import format_bytes, print_table
 from blt_data.shards import JSON, MANIFEST_NAME, Shard, ShardDirectory, ShardKind
@@ -52,9 +54,10 @@ def show_directory(path: Path, *, documents: int, preview_bytes: int) -> None:
     print_table("provenance", facts)
     for shard, row in _first_documents(directory, documents):
         content = shard.content(row)
-        more = "…" if len(content) > preview_bytes else ""
+        shown = _beginning(content, preview_bytes)
+        more = "…" if len(content) > len(shown) else ""
         click.echo(f"\n{escape_bytes(shard.document_id(row).encode())}  ({shard.source(row)}, {len(content):,} bytes)")
-        click.echo(f"  {escape_bytes(content[:preview_bytes].tobytes())}{more}")
+        click.echo(f"  {escape_bytes(shown)}{more}")
     click.echo("")
 
 
@@ -71,6 +74,14 @@ def _first_documents(directory: ShardDirectory, count: int) -> Iterator[tuple[Sh
         if index == count:
             return
         yield directory.shard(shard), row
+
+
+def _beginning(content: npt.NDArray[np.uint8], size: int) -> bytes:
+    """Return at most `size` bytes without cutting a UTF-8 character, which has at most three continuation bytes."""
+    for end in range(size, max(0, size - 4), -1):
+        if len(content) <= end or content[end] & 0xC0 != 0x80:
+            return content[:end].tobytes()
+    return content[:size].tobytes()
 
 
 def escape_bytes(data: bytes) -> str:

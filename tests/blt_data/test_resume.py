@@ -1,0 +1,142 @@
+"""Killed runs: the same command again gives the same bytes, and nothing outlives or blocks the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .corpora import files_of, json_lines, write_parquet
+
+BLT_DATA = [sys.executable, "-m", "blt_data.cli"]
+
+
+def prepare_command(source: Path, output: Path, *options: str) -> list[str]:
+    return [*BLT_DATA, "prepare", "--source", str(source), "--output", str(output), *options]
+
+
+def test_killed_at_every_step(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_parquet(source / "a.parquet", ["a" * 300, "b" * 300, "c" * 20], group=1)
+    (source / "b.jsonl").write_bytes(json_lines(["d" * 500, "e", "f" * 90]))
+    script = Path(__file__).with_name("killing.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(source), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # Fewer would mean that the hook no longer sees what prepare does.
+    assert int(done.stdout) > 60
+
+
+@pytest.fixture
+def large_source(tmp_path: Path) -> Path:
+    source = tmp_path / "in"
+    source.mkdir()
+    for index in range(12):
+        write_parquet(source / f"{index:02d}.parquet", [f"{index} {row} " * 300 for row in range(400)], group=100)
+    return source
+
+
+@pytest.mark.parametrize("first_records", [1, 5])
+def test_kill_with_workers(tmp_path: Path, large_source: Path, first_records: int) -> None:
+    options = ["--workers", "2", "--shard-size", "200kB"]
+    output = tmp_path / "out"
+    killed = subprocess.Popen(prepare_command(large_source, output, *options), stderr=subprocess.DEVNULL)
+    try:
+        while len(list(output.glob(".work/tasks/*/record.json"))) < first_records:
+            assert killed.poll() is None
+            time.sleep(0.002)
+    finally:
+        killed.kill()
+        killed.wait()
+    assert not (output / "manifest.json").exists()
+    done = subprocess.run(prepare_command(large_source, output, *options), capture_output=True, text=True, check=True)
+    assert "an earlier run finished" in done.stderr
+    subprocess.run(prepare_command(large_source, tmp_path / "whole", "--workers", "1", *options[2:]), check=True)
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, large_source: Path) -> None:
+    output = tmp_path / "out"
+    command = prepare_command(large_source, output, "--workers", "2", "--shard-size", "10kB")
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(output.glob(".work/tasks/*/record.json")):
+        assert killed.poll() is None
+        time.sleep(0.002)
+    assert len(processes_of_session(killed.pid)) > 2
+    killed.kill()
+    killed.wait()
+    deadline = time.monotonic() + 60
+    while processes_of_session(killed.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def processes_of_session(session: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def test_killed_worker_ends_the_run(tmp_path: Path, large_source: Path) -> None:
+    """As the kernel does when memory runs out. A plain multiprocessing pool would wait for ever."""
+    output = tmp_path / "out"
+    command = prepare_command(large_source, output, "--workers", "2", "--shard-size", "10kB")
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(output.glob(".work/tasks/*/record.json")):
+        assert running.poll() is None
+        time.sleep(0.002)
+    # The last process is a worker: the starter, the resource tracker and the fork server are older.
+    os.kill(max(processes_of_session(running.pid)), signal.SIGKILL)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert "a worker process was killed" in errors
+    assert "Traceback" not in errors
+    assert not (output / "manifest.json").exists()
+
+
+def test_other_parameters_over_an_unfinished_run_start_anew(tmp_path: Path, large_source: Path) -> None:
+    output = tmp_path / "out"
+    killed = subprocess.Popen(
+        prepare_command(large_source, output, "--workers", "1", "--shard-size", "200kB"), stderr=subprocess.DEVNULL
+    )
+    while not list(output.glob(".work/tasks/*/record.json")):
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    options = ["--workers", "1", "--shard-size", "1MB", "--holdout-fraction", "0.3"]
+    done = subprocess.run(prepare_command(large_source, output, *options), capture_output=True, text=True, check=True)
+    assert "an unfinished run with other parameters" in done.stderr
+    subprocess.run(prepare_command(large_source, tmp_path / "whole", *options), check=True)
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_two_runs_on_one_output(tmp_path: Path, large_source: Path) -> None:
+    output = tmp_path / "out"
+    command = prepare_command(large_source, output, "--workers", "1", "--shard-size", "10kB")
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not list(output.glob(".work/tasks/*")):
+        assert first.poll() is None
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait() == 0
+    assert second.returncode == 1
+    assert "another process is writing to it" in second.stderr
+    shutil.rmtree(large_source)
