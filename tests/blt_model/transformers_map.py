@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from blt_model import BLTConfig, ByteLMConfig, TransformerConfig
 from torch import Tensor
 from transformers import BltConfig
 from transformers.models.blt.configuration_blt import BltPatcherConfig
 from transformers.models.blt.modeling_blt import BltForCausalLM, BltPatcher
+
+from blt_model import BLTConfig, ByteLMConfig, TransformerConfig
 
 Weights = dict[str, Tensor]
 
@@ -99,7 +100,7 @@ def their_patcher(config: ByteLMConfig, attention: str = "eager") -> BltPatcher:
     """A BltPatcher of the same architecture, with its own random weights."""
     theirs = BltPatcherConfig(**_part(config.transformer), sliding_window=config.window)
     theirs._attn_implementation = attention
-    return BltPatcher(theirs).eval()
+    return BltPatcher(theirs)
 
 
 def their_blt(
@@ -118,6 +119,6 @@ def their_blt(
         encoder_config={**_part(config.encoder), **shared, "cross_attn_all_layers": encoder_all},
         decoder_config={**_part(config.decoder), **shared, "cross_attn_all_layers": decoder_all},
         global_config=_part(config.latent),
-        attn_implementation=attention,
     )
-    return BltForCausalLM(theirs).eval()
+    theirs._attn_implementation = attention
+    return BltForCausalLM(theirs)

@@ -18,6 +18,7 @@ from blt_model.config import (
     to_json,
 )
 from blt_model.errors import ModelError
+from blt_model.flops import blt_flops, byte_lm_flops, parameter_counts
 from blt_model.generation import NextPatch, generate
 from blt_model.loss import cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
@@ -40,6 +41,8 @@ __all__ = [
     "Pooling",
     "StreamState",
     "TransformerConfig",
+    "blt_flops",
+    "byte_lm_flops",
     "cross_entropy_sum",
     "from_json",
     "generate",
@@ -47,6 +50,7 @@ __all__ = [
     "model_fingerprint",
     "next_byte_entropy",
     "pack_documents",
+    "parameter_counts",
     "preset",
     "save_model",
     "to_json",

@@ -274,6 +274,10 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, mask: Tensor) -> Tensor:
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # torch's CPU kernel runs its masked backward in half precision at half the speed of float32.
+        query, key, value = query.float(), key.float(), value.float()
     num_tokens, num_heads, width = query.shape
     num_blocks, before = mask.shape[0], mask.shape[3] - plan.block
     tail = num_blocks * plan.block - num_tokens
@@ -288,7 +292,7 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
     result = F.scaled_dot_product_attention(
         queries, blocks(key), blocks(value), attn_mask=mask, enable_gqa=key.shape[1] != num_heads
     )
-    return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens]
+    return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens].to(dtype)
 
 
 def _attend_rectangles(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:

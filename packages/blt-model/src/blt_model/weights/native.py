@@ -24,6 +24,7 @@ from blt_model.errors import ModelError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+METADATA_KEY = "blt_model.config"
 
 
 def _canonical(config: ModelConfig) -> str:
@@ -63,7 +64,8 @@ def save_model(model: ByteLM | BLT, directory: str | os.PathLike[str]) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "blt-model", "config": _canonical(model.config)}
+    # One entry only: safetensors writes several in random order, and equal models should give equal files.
+    metadata = {METADATA_KEY: _canonical(model.config)}
 
     def write_weights(path: Path) -> None:
         try:
@@ -107,7 +109,7 @@ def _read_tensors(path: Path, device: torch.device | str, dtype: torch.dtype | N
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
-            return tensors, (file.metadata() or {}).get("config", "")
+            return tensors, (file.metadata() or {}).get(METADATA_KEY, "")
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged or no safetensors file ({error}); save the model again.") from None
 
