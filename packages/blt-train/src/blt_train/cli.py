@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ def launch_command(config: str, overrides: tuple[str, ...], processes: int, resu
     launch goes on from the latest checkpoint of the run directory.
     """
     if is_rank():
-        run_as_rank(functools.partial(_train, load_config(config, overrides), resume))
+        run_as_rank(lambda: _train(load_config(config, overrides), resume))
         return
     loaded = load_config(config, overrides)
     check_processes(loaded, processes)
@@ -106,13 +105,11 @@ def _print_summary(result: TrainResult) -> None:
 
 
 @main.command("evaluate")
-@click.option(
-    "--checkpoint", required=True, type=click.Path(path_type=Path), help="Run, checkpoint or model directory."
-)
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Run or model directory.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Shard directory of held-out documents.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Evaluate the first documents up to this many bytes.")
 @click.option("--sequence-tokens", type=click.IntRange(min=2), help="Cut longer documents; as in training by default.")
-@click.option("--precision", type=click.Choice([*Precision]), default=str(Precision.FLOAT32), show_default=True)
+@click.option("--precision", type=click.Choice([str(item) for item in Precision]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @friendly_errors
 def evaluate_command(

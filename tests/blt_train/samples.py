@@ -1,0 +1,105 @@
+"""Documents, shard directories and configs for the tests of training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from blt_data.shards import Manifest, ShardDirectory, ShardKind, write_manifest, write_shard
+from blt_patcher import PatchScheme, SpaceScheme, patch_document, scheme_to_json
+from blt_train import TrainConfig, load_config
+from blt_train.documents import DocumentTable, read_documents
+
+WORDS = [*"the cat sat on a mat and looked at été 東京 moon while rain fell , softly .".split(), "\n"]
+
+
+def text_documents(count: int, seed: int = 0, mean_words: int = 60) -> list[bytes]:
+    """Documents of random words, some long, one empty, one of a single byte."""
+    generator = np.random.default_rng(seed)
+    documents = [
+        " ".join(generator.choice(WORDS, size=int(generator.exponential(mean_words)) + 1)).encode()
+        for _ in range(count - 2)
+    ]
+    return [*documents, b"", b"x"]
+
+
+def write_documents(
+    directory: Path,
+    documents: Sequence[bytes],
+    lengths: Sequence[npt.NDArray[np.uint16]] | None = None,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    num_shards: int = 2,
+) -> Path:
+    """Write a shard directory: byte shards, or patched ones where lengths are given."""
+    directory.mkdir(parents=True, exist_ok=True)
+    kind = ShardKind.BYTES if lengths is None else ShardKind.PATCHED
+    provenance = dict(provenance or {})
+    entries = []
+    for index in range(num_shards):
+        rows = range(index, len(documents), num_shards)
+        column = None if lengths is None else pa.array([lengths[row] for row in rows], type=pa.list_(pa.uint16()))
+        entries.append(
+            write_shard(
+                directory / f"shard-{index:05d}.arrow",
+                kind=kind,
+                document_ids=[str(row) for row in rows],
+                contents=[documents[row] for row in rows],
+                sources=["test"] * len(rows),
+                patch_lengths=column,
+                provenance=provenance,
+            )
+        )
+    write_manifest(directory, Manifest(kind=kind, shards=tuple(entries), provenance=provenance, skipped={}))
+    return directory
+
+
+def write_patched(
+    directory: Path,
+    documents: Sequence[bytes],
+    scheme: PatchScheme | None = None,
+    *,
+    entropies: Sequence[npt.NDArray[np.float16]] | None = None,
+    entropy_fingerprint: str | None = None,
+) -> Path:
+    """Write a patched shard directory under a scheme, spaces by default."""
+    scheme = scheme or SpaceScheme()
+    rows: Sequence[npt.NDArray[np.float16] | None] = entropies or [None] * len(documents)
+    lengths = [patch_document(scheme, content, row) for content, row in zip(documents, rows, strict=True)]
+    provenance = {
+        "scheme": scheme_to_json(scheme),
+        "entropy_model": {"fingerprint": entropy_fingerprint} if entropy_fingerprint else None,
+    }
+    return write_documents(directory, documents, lengths, provenance=provenance)
+
+
+def table_of(directory: Path) -> DocumentTable:
+    """The documents of a shard directory."""
+    return read_documents(ShardDirectory.open(directory))
+
+
+def byte_config(root: Path, name: str, *overrides: str) -> TrainConfig:
+    """The debug entropy config on `root`/bytes, in run directory `root`/`name`."""
+    return load_config("debug-entropy", [f"run={root / name}", f"data.train={root / 'bytes'}", *overrides])
+
+
+def blt_config(root: Path, name: str, *overrides: str) -> TrainConfig:
+    """The debug BLT config on `root`/patched, in run directory `root`/`name`."""
+    return load_config("debug-blt", [f"run={root / name}", f"data.train={root / 'patched'}", *overrides])
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of `blt-train` with this interpreter."""
+    return [sys.executable, "-m", "blt_train", *arguments]
+
+
+def run_command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run `blt-train` in a process of its own."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, check=False)
