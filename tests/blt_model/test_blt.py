@@ -149,13 +149,13 @@ def test_training_lowers_the_loss() -> None:
     blt = model().float()
     optimizer = torch.optim.AdamW(blt.parameters(), lr=3e-3)
     batch, targets = pack_documents(*sample())
-    losses = []
+    losses: list[float] = []
     for _ in range(12):
         loss = cross_entropy_sum(blt(batch), targets) / len(targets)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
 
 

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +25,13 @@ from torch import Tensor
 
 from blt_model.errors import ModelError
 from blt_model.packed import segment_of
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build of torch without flash attention
+    _VARLEN_OPTIONS: frozenset[str] = frozenset()
+else:
+    _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class AttentionBackend(StrEnum):
@@ -73,28 +78,6 @@ class AttentionPlan:
     """sdpa without window: int64 [T], the place of every token."""
 
 
-@cache
-def _varlen_attn() -> Callable[..., Any]:
-    """The varlen_attn of torch.
-
-    Raises:
-        ModelError: this torch has none, or one without windows.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise ModelError("this torch has no torch.nn.attention.varlen; use attention backend sdpa.") from error
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        raise ModelError("varlen_attn of this torch takes no window_size; update torch, or use attention backend sdpa.")
-    return varlen_attn
-
-
-@cache
-def _varlen_groups_heads() -> bool:
-    """Whether varlen_attn takes fewer key heads than query heads."""
-    return "enable_gqa" in inspect.signature(_varlen_attn()).parameters
-
-
 def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """Turn a wish into a backend.
 
@@ -119,9 +102,10 @@ def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype
                 f"attention backend varlen needs float16 or bfloat16 on CUDA, and got {dtype} on {device.type}; use "
                 "autocast, or backend sdpa."
             )
-        _varlen_attn()
+        if "window_size" not in _VARLEN_OPTIONS:
+            raise ModelError("this torch has no varlen_attn with window_size; update torch, or use backend sdpa.")
         return AttentionBackend.VARLEN
-    if backend == AttentionBackend.AUTO and fits:
+    if backend == AttentionBackend.AUTO and fits and "window_size" in _VARLEN_OPTIONS:
         return AttentionBackend.VARLEN
     return AttentionBackend.SDPA
 
@@ -254,12 +238,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     grouped = key.shape[1] != query.shape[1]
     options: dict[str, Any] = {}
-    if grouped and _varlen_groups_heads():
+    if grouped and "enable_gqa" in _VARLEN_OPTIONS:
         options["enable_gqa"] = True
     elif grouped:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    result: Tensor = _varlen_attn()(
+    result: Tensor = varlen_attn(
         query,
         key,
         value,
