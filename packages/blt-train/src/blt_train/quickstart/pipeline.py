@@ -61,7 +61,7 @@ def run_quickstart(options: QuickstartOptions) -> Path:
     root = options.output
     root.mkdir(parents=True, exist_ok=True)
     clock = StageClock(root / "stage_seconds.json")
-    total = 8 if options.baselines else 6
+    total = 10 if options.baselines else 6
 
     stages = _stages_before_threshold(options)
     run_stages(stages, clock, first=1, total=total)
