@@ -1,7 +1,8 @@
 """Run `prepare` again and again, each time killed (SIGKILL) at another step, and resume it. Run by test_resume.py.
 
-Usage: killing.py SOURCE FOLDER. Prints the number of steps, after checking for each that the killed and resumed run
-leaves the very files of an undisturbed one, and that the killed one did not look complete unless it was.
+Usage: killing.py SOURCE FOLDER STRIDE. Prints the number of steps, after checking for each STRIDE-th that the killed
+and resumed run leaves the very files of an undisturbed one, and that the killed one did not look complete unless it
+was.
 
 A step is an audit event of Python itself about the output: a file opened, renamed, linked, removed, a directory made.
 Each run is a process of its own, forked so that the imports are paid for once.
@@ -59,7 +60,7 @@ def main() -> None:
     source, folder = sys.argv[1], Path(sys.argv[2])
     steps = run(source, folder / "whole", None)
     expected = files(folder / "whole")
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 1, int(sys.argv[3])):
         output = folder / f"killed-{step:05d}"
         if run(source, output, step) != -1:
             raise SystemExit(f"step {step}: was not killed")

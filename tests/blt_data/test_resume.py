@@ -21,14 +21,14 @@ def prepare_command(source: Path, output: Path, *options: str) -> list[str]:
     return [*BLT_DATA, "prepare", "--source", str(source), "--output", str(output), *options]
 
 
-def test_killed_at_every_step(tmp_path: Path) -> None:
+def test_killed_at_every_third_step(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     write_parquet(source / "a.parquet", ["a" * 300, "b" * 300, "c" * 20], group=1)
     (source / "b.jsonl").write_bytes(json_lines(["d" * 500, "e", "f" * 90]))
     script = Path(__file__).with_name("killing.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(source), str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, str(script), str(source), str(tmp_path), "3"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     # Fewer would mean that the hook no longer sees what prepare does.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -168,23 +169,25 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         """
         folder = self.folders[rank]
         start_task(folder)
-        splits = {
-            split: StagedShards(
-                folder,
-                split,
-                source_name=self.source_name,
-                shard_bytes=self.shard_bytes,
-                provenance=provenance,
-                report=lambda documents, content_bytes: report(0, documents, content_bytes),
-            )
-            for split, provenance in self.provenance.items()
-        }
-        for document in data or ():
-            try:
-                content = document.text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"document {document.id!r} has no UTF-8 ({error}); mend or remove it") from error
-            splits[split_of(document.id, self.holdout_fraction)].add(document.id, content)
-            yield document
-        entries = {split: staged.finish() for split, staged in splits.items()}
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            splits = {
+                split: StagedShards(
+                    folder,
+                    split,
+                    source_name=self.source_name,
+                    shard_bytes=self.shard_bytes,
+                    provenance=provenance,
+                    pool=pool,
+                    report=lambda documents, content_bytes: report(0, documents, content_bytes),
+                )
+                for split, provenance in self.provenance.items()
+            }
+            for document in data or ():
+                try:
+                    content = document.text.encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(f"document {document.id!r} has no UTF-8 ({error}); mend or remove it") from error
+                splits[split_of(document.id, self.holdout_fraction)].add(document.id, content)
+                yield document
+            entries = {split: staged.finish() for split, staged in splits.items()}
         write_record(folder, TaskRecord(splits=entries, skipped=dict(self.reader.skipped)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ RECORD_NAME: Final = "record.json"
 #: Documents of few bytes or none must not pile up in memory either.
 MAX_DOCUMENTS: Final = 1_000_000
 
-_FLUSH_BYTES: Final = 8 << 20
+_REPORT_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +86,7 @@ class StagedShards:
         source_name: the `source` of every document.
         shard_bytes: content bytes at which a shard is full; a larger document has a shard of its own.
         provenance: what the shards say of where they come from.
+        pool: writes full shards while the next one is collected; at most one of this split at a time.
         report: told of documents and content bytes since its last call.
     """
 
@@ -96,16 +98,17 @@ class StagedShards:
         source_name: str,
         shard_bytes: int,
         provenance: Mapping[str, JSON],
+        pool: ThreadPoolExecutor,
         report: Callable[[int, int], None],
     ) -> None:
         self._folder, self._split = folder, split
         self._source_name, self._shard_bytes, self._provenance = source_name, shard_bytes, provenance
-        self._report = report
+        self._pool, self._report = pool, report
         self._ids: list[str] = []
-        self._pending: list[bytes] = []
-        self._pending_bytes = 0
-        self._chunks: list[pa.Array] = []
+        self._contents: list[bytes] = []
         self._bytes = 0
+        self._reported = (0, 0)
+        self._writing: Future[ShardEntry] | None = None
         self._entries: list[ShardEntry] = []
 
     def add(self, document_id: str, content: bytes) -> None:
@@ -117,11 +120,10 @@ class StagedShards:
         if self._ids and (self._bytes + len(content) > self._shard_bytes or len(self._ids) == MAX_DOCUMENTS):
             self._write()
         self._ids.append(document_id)
-        self._pending.append(content)
-        self._pending_bytes += len(content)
+        self._contents.append(content)
         self._bytes += len(content)
-        if self._pending_bytes >= _FLUSH_BYTES:
-            self._flush()
+        if self._bytes - self._reported[1] >= _REPORT_BYTES:
+            self._tell()
 
     def finish(self) -> tuple[ShardEntry, ...]:
         """Write what is left and return all shards' entries.
@@ -131,28 +133,39 @@ class StagedShards:
         """
         if self._ids:
             self._write()
+        self._wait()
         return tuple(self._entries)
 
-    def _flush(self) -> None:
-        """Move pending bytes to one Arrow chunk, which takes less memory than as many Python objects."""
-        self._report(len(self._pending), self._pending_bytes)
-        self._chunks.append(pa.array(self._pending, pa.large_binary()))
-        self._pending, self._pending_bytes = [], 0
+    def _tell(self) -> None:
+        documents, content_bytes = self._reported
+        self._report(len(self._ids) - documents, self._bytes - content_bytes)
+        self._reported = (len(self._ids), self._bytes)
 
     def _write(self) -> None:
-        self._flush()
+        self._tell()
+        self._wait()
         path = self._folder / f"{self._split}-{len(self._entries):05d}.arrow"
-        contents = pa.concat_arrays(self._chunks)
-        self._entries.append(
-            write_byte_shard(path, self._ids, contents, source_name=self._source_name, provenance=self._provenance)
+        # Hashing, writing and waiting for the disk release the GIL, so that reading goes on meanwhile.
+        self._writing = self._pool.submit(
+            write_byte_shard,
+            path,
+            self._ids,
+            self._contents,
+            source_name=self._source_name,
+            provenance=self._provenance,
         )
-        self._ids, self._chunks, self._bytes = [], [], 0
+        self._ids, self._contents, self._bytes, self._reported = [], [], 0, (0, 0)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._entries.append(self._writing.result())
+            self._writing = None
 
 
 def write_byte_shard(
     path: Path,
     document_ids: Sequence[str] | pa.Array,
-    contents: pa.Array,
+    contents: Sequence[bytes] | pa.Array,
     *,
     source_name: str,
     provenance: Mapping[str, JSON],
@@ -162,10 +175,12 @@ def write_byte_shard(
     Args:
         path: the file.
         document_ids: n document ids.
-        contents: n documents, large_binary.
+        contents: n documents.
         source_name: name of the source.
         provenance: see `write_shard`.
     """
+    if not isinstance(contents, pa.Array):
+        contents = _joined(contents)
     sources = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(contents), np.int32)), pa.array([source_name]))
     return write_shard(
         path,
@@ -175,3 +190,11 @@ def write_byte_shard(
         sources=sources,
         provenance=provenance,
     )
+
+
+def _joined(contents: Sequence[bytes]) -> pa.Array:
+    """Return documents as one Arrow array, with a single copy of their bytes."""
+    offsets = np.zeros(len(contents) + 1, np.int64)
+    np.cumsum([len(content) for content in contents], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(contents))]
+    return pa.Array.from_buffers(pa.large_binary(), len(contents), buffers)
