@@ -17,7 +17,7 @@ import inspect
 import itertools
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -243,7 +243,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
     elif grouped:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    result: Tensor = varlen_attn(
+    result = varlen_attn(
         query,
         key,
         value,
@@ -254,7 +254,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
         window_size=(-1 if plan.window is None else plan.window - 1, 0),
         **options,
     )
-    return result
+    return cast(Tensor, result)
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, mask: Tensor) -> Tensor:

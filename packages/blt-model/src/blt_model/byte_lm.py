@@ -140,9 +140,10 @@ class ByteLM(nn.Module):
             x, key, value = block.stream(x, layout, (state.keys[index], state.values[index]))
             keys.append(key[length:].detach())
             values.append(value[length:].detach())
-        last = segment_of(document_offsets, length)[-1]
+        # Kept one-dimensional: indexing by a scalar tensor would make the host wait for the GPU.
+        last = segment_of(document_offsets, length)[-1:]
         continued = torch.where(last == 0, state.position, 0)
-        position = length - document_offsets.long()[last] + continued
+        position = (length - document_offsets.long().gather(0, last) + continued).squeeze(0)
         next_state = StreamState(torch.stack(keys), torch.stack(values), position.clamp(max=carried), position)
         return self._logits(x), next_state
 
