@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
+from safetensors.torch import load_file
 
 from blt_data.shards import Manifest, ShardDirectory, ShardKind, write_manifest, write_shard
 from blt_patcher import PatchScheme, SpaceScheme, patch_document, scheme_to_json
-from blt_train import TrainConfig, load_config
+from blt_train import TrainConfig, load_config, read_metrics
 from blt_train.documents import DocumentTable, read_documents
+from blt_train.metrics import Metrics
 
-WORDS = [*"the cat sat on a mat and looked at été 東京 moon while rain fell , softly .".split(), "\n"]
+WORDS = ["the", "cat", "sat", "on", "mat", "and", "looked", "at", "été", "東京", "moon", "while", "rain", ",", "\n"]
 
 
 def text_documents(count: int, seed: int = 0, mean_words: int = 60) -> list[bytes]:
@@ -93,6 +97,23 @@ def byte_config(root: Path, name: str, *overrides: str) -> TrainConfig:
 def blt_config(root: Path, name: str, *overrides: str) -> TrainConfig:
     """The debug BLT config on `root`/patched, in run directory `root`/`name`."""
     return load_config("debug-blt", [f"run={root / name}", f"data.train={root / 'patched'}", *overrides])
+
+
+def without_times(metrics: Iterable[Metrics]) -> list[dict[str, Any]]:
+    """Metrics as dictionaries, without what differs from launch to launch."""
+    measured = ("seconds", "data_wait", "bytes_per_second", "patches_per_second", "memory_bytes", "holdout_seconds")
+    rows = [dataclasses.asdict(item) for item in metrics]
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Two runs ended with bit-identical weights and optimizers, and equal metrics."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, theirs = load_file(run / "latest" / name), load_file(other / "latest" / name)
+        assert sorted(mine) == sorted(theirs)
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    for got, expected in zip(read_metrics(run), read_metrics(other), strict=True):
+        assert without_times(got) == without_times(expected)
 
 
 def command(*arguments: str) -> list[str]:
