@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
@@ -26,12 +27,17 @@ from torch import Tensor
 from blt_model.errors import ModelError
 from blt_model.packed import segment_of
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a build of torch without flash attention
-    _VARLEN_OPTIONS: frozenset[str] = frozenset()
-else:
-    _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+log = logging.getLogger(__name__)
+
+_VARLEN_OPTIONS: frozenset[str] = frozenset()
+# The import loads torch's compiler, which takes seconds, so it happens only where there is a device that can use it.
+if torch.cuda.device_count() > 0:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        log.info("this build of torch has no varlen attention")
+    else:
+        _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class AttentionBackend(StrEnum):
