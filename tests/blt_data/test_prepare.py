@@ -320,7 +320,7 @@ def test_complete_output_is_left_alone_or_refused(tmp_path: Path) -> None:
     again = run(tmp_path / "a.parquet", tmp_path / "out", workers=2)
     assert (first.already_complete, again.already_complete) == (False, True)
     assert again.manifests == first.manifests
-    with pytest.raises(InputError, match=r"already complete with other parameters.*shard_bytes is 134217728 there, 5"):
+    with pytest.raises(InputError, match=r"already complete with other parameters.*shard_bytes is 67108864 there, 5"):
         run(tmp_path / "a.parquet", tmp_path / "out", shard_bytes=5)
     with pytest.raises(InputError, match=r"holdout_fraction is not given there, 0\.5 here"):
         run(tmp_path / "a.parquet", tmp_path / "out", holdout_fraction=0.5)

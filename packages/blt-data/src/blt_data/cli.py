@@ -72,8 +72,7 @@ def main() -> None:
     "--shard-size",
     type=ByteSize(),
     default=DEFAULT_SHARD_BYTES,
-    show_default="128MiB",
-    help="Content per shard; a larger document has a shard of its own.",
+    help="Content per shard; a larger document has a shard of its own.  [default: 64MiB]",
 )
 @click.option("--text-column", default="text", show_default=True, help="Column or key that holds the text.")
 @click.option(

@@ -36,7 +36,10 @@ from blt_data.staging import RECORD_NAME, read_record
 WORK_NAME: Final = ".work"
 
 #: Content bytes per shard unless told otherwise.
-DEFAULT_SHARD_BYTES: Final = 128 << 20
+DEFAULT_SHARD_BYTES: Final = 64 << 20
+
+#: A task writes one shard while it reads the next, so it should have several; a killed run loses at most one task.
+_SHARDS_PER_TASK: Final = 4
 
 #: Bytes to read for which starting another process (about a second) is worth its time.
 _WORKER_BYTES: Final = 100_000_000
@@ -127,7 +130,7 @@ def prepare(
         shutil.rmtree(output / WORK_NAME, ignore_errors=True)
         return PrepareResult(manifests=manifests, already_complete=True)
     _require_datatrove()
-    task_bytes = None if config.limit_bytes is not None else config.shard_bytes
+    task_bytes = None if config.limit_bytes is not None else _SHARDS_PER_TASK * config.shard_bytes
     tasks = plan_tasks(source, task_bytes=task_bytes, text_column=config.text_column, context=provenance)
     with _working_directory(output) as work:
         folders = [work / "tasks" / task.key for task in tasks]

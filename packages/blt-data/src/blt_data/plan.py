@@ -1,6 +1,6 @@
 """The plan of a run: source files cut into tasks, the same for every number of workers.
 
-A task is a run of consecutive units (a file, or one row group of a Parquet file) of about one shard. Its key is a
+A task is a run of consecutive units (a file, or one row group of a Parquet file) of a few shards. Its key is a
 checksum of all that decides its output, so that a resumed run takes over exactly the tasks that would come out equal.
 """
 
