@@ -1,0 +1,141 @@
+"""How long the patches of a patched shard directory are: exact, from a count of every length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from blt_data import Manifest, ShardDirectory
+from blt_data.errors import InputError
+from blt_data.framing import FRAME_TOKENS
+from blt_patcher.schemes import LONGEST_PATCH
+
+#: Quantiles shown.
+QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+#: Lengths up to here have a bar of their own in the histogram; longer ones share bars of doubling width.
+SINGLE_BARS: Final = 16
+
+_BAR_WIDTH: Final = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchStats:
+    """The patch lengths of many documents."""
+
+    documents: int
+    bytes: int
+    """Raw content bytes."""
+    counts: npt.NDArray[np.int64]
+    """int64 [65536] number of patches of each length in framed tokens."""
+
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return int(self.counts.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Framed tokens: the bytes, and BOS and EOS of every document."""
+        return self.bytes + FRAME_TOKENS * self.documents
+
+    @property
+    def mean(self) -> float:
+        """Mean patch length: framed tokens per patch; 0 where there is no patch."""
+        return self.tokens / self.patches if self.patches else 0.0
+
+    def quantile(self, share: float) -> int:
+        """Return the least length such that at least a share of all patches is no longer; 0 where there is none."""
+        if not self.patches:
+            return 0
+        return int(np.searchsorted(np.cumsum(self.counts), share * self.patches, side="left"))
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """Return bars (shortest length, longest length, patches), from length 1 to the longest there is."""
+        longest = int(np.flatnonzero(self.counts)[-1]) if self.patches else 0
+        bars = []
+        low = 1
+        while low <= longest:
+            high = low if low <= SINGLE_BARS else min(2 * low - 2, LONGEST_PATCH)
+            bars.append((low, high, int(self.counts[low : high + 1].sum())))
+            low = high + 1
+        return bars
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON; lengths are in framed tokens."""
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "patches": self.patches,
+            "mean_patch_length": self.mean,
+            "bytes_per_patch": self.bytes / self.patches if self.patches else 0.0,
+            "quantiles": {f"{share:g}": self.quantile(share) for share in QUANTILES},
+            "longest": self.quantile(1.0),
+            "histogram": [{"from": low, "to": high, "patches": count} for low, high, count in self.histogram()],
+        }
+
+
+def collect_stats(directory: ShardDirectory, *, advance: Callable[[int], None] | None = None) -> PatchStats:
+    """Count the patch lengths of every document.
+
+    Args:
+        directory: patched shards.
+        advance: called with the number of shards done.
+
+    Raises:
+        InputError: these are byte shards, or a shard is damaged.
+    """
+    counts = np.zeros(LONGEST_PATCH + 1, dtype=np.int64)
+    for index, entry in enumerate(directory.manifest.shards):
+        _, lengths = directory.shard(index).patch_column()
+        here = np.bincount(lengths, minlength=counts.size)
+        if int(here @ np.arange(counts.size)) != entry.bytes + FRAME_TOKENS * entry.documents:
+            raise InputError(
+                f"{directory.path / entry.name}: its patches do not cover its documents; delete it and "
+                "run blt-patch precompute again"
+            )
+        counts += here
+        if advance is not None:
+            advance(1)
+    return PatchStats(documents=directory.manifest.documents, bytes=directory.manifest.bytes, counts=counts)
+
+
+def draw_histogram(stats: PatchStats) -> str:
+    """Return the histogram as text, one line a bar: lengths, share of all patches, a bar."""
+    bars = stats.histogram()
+    if not bars:
+        return "(no patches)"
+    tallest = max(count for _, _, count in bars)
+    names = [f"{low}" if low == high else f"{low}–{high}" for low, high, _ in bars]
+    width = max(len(name) for name in names)
+    return "\n".join(
+        f"{name:>{width}} {100 * count / stats.patches:6.2f}% {_bar(count / tallest)}".rstrip()
+        for name, (_, _, count) in zip(names, bars, strict=True)
+    )
+
+
+def _bar(share: float) -> str:
+    """Return a bar of eighths of a character; anything above nothing shows."""
+    eighths = round(share * _BAR_WIDTH * 8) or int(share > 0)
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def provenance_rows(manifest: Manifest) -> dict[str, object]:
+    """Return the rows that tell how a patched directory was made."""
+    scheme = manifest.provenance.get("scheme")
+    model = manifest.provenance.get("entropy_model")
+    rows: dict[str, object] = {}
+    if isinstance(scheme, dict):
+        rows["scheme"] = ", ".join(
+            str(value) if key == "scheme" else f"{key} {value}"
+            for key, value in scheme.items()
+            if key != "version" and value is not None
+        )
+    if isinstance(model, dict):
+        rows["entropy model"] = str(model.get("fingerprint"))[:16]
+    return rows

@@ -1,0 +1,68 @@
+"""Figures of patch lengths against plain counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.blt_patcher.shards import make_bytes
+
+from blt_data import ShardDirectory
+from blt_data.errors import InputError
+from blt_patcher import SpaceScheme, StaticScheme
+from blt_patcher.precompute import precompute
+from blt_patcher.stats import QUANTILES, PatchStats, collect_stats, draw_histogram
+
+
+def test_figures_are_those_of_all_lengths(tmp_path: Path) -> None:
+    source = make_bytes(tmp_path / "bytes")
+    precompute(source, tmp_path / "out", scheme=SpaceScheme())
+    directory = ShardDirectory.open(tmp_path / "out")
+    lengths = np.concatenate([directory.shard(index).patch_column()[1] for index in range(len(directory))])
+    stats = collect_stats(directory)
+    assert stats.patches == lengths.size == directory.manifest.patches
+    assert stats.tokens == int(lengths.sum())
+    assert stats.mean == pytest.approx(float(lengths.mean()))
+    for share in QUANTILES:
+        assert stats.quantile(share) == int(np.quantile(lengths, share, method="inverted_cdf"))
+    figures = stats.to_json()
+    assert figures["longest"] == int(lengths.max())
+    assert sum(bar["patches"] for bar in figures["histogram"]) == lengths.size
+    for bar in figures["histogram"]:
+        assert bar["patches"] == int(((lengths >= bar["from"]) & (lengths <= bar["to"])).sum())
+
+
+def test_histogram_has_no_gaps_up_to_the_longest_patch() -> None:
+    counts = np.zeros(65_536, np.int64)
+    counts[[1, 3, 16, 17, 40, 65_535]] = [10, 5, 1, 2, 3, 1]
+    stats = PatchStats(documents=1, bytes=10**6, counts=counts)
+    bars = stats.histogram()
+    assert bars[0] == (1, 1, 10)
+    assert bars[16] == (17, 32, 2)
+    assert bars[17] == (33, 64, 3)
+    assert bars[-1][1] >= 65_535
+    assert [low for low, _, _ in bars[1:]] == [high + 1 for _, high, _ in bars[:-1]]
+    lines = draw_histogram(stats).splitlines()
+    assert len(lines) == len(bars)
+    assert lines[0].endswith("45.45% " + "█" * 50)
+    assert lines[2].endswith("█" * 25)
+    assert lines[1].endswith("0.00%")
+
+
+def test_nothing_to_count() -> None:
+    stats = PatchStats(documents=0, bytes=0, counts=np.zeros(65_536, np.int64))
+    assert (stats.mean, stats.quantile(0.5), stats.histogram()) == (0.0, 0, [])
+    assert draw_histogram(stats) == "(no patches)"
+
+
+def test_patches_that_do_not_cover_their_documents_are_noticed(tmp_path: Path) -> None:
+    source = make_bytes(tmp_path / "bytes", shards=[[b"x" * 1000]])
+    precompute(source, tmp_path / "out", scheme=StaticScheme(patch_length=7))
+    file = tmp_path / "out" / "shard-00000.arrow"
+    data = bytearray(file.read_bytes())
+    place = data.index(np.full(20, 7, np.uint16).tobytes())
+    data[place] = 6
+    file.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="its patches do not cover its documents"):
+        collect_stats(ShardDirectory.open(tmp_path / "out"))
