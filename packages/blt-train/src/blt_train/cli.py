@@ -15,6 +15,7 @@ from blt_train.evaluation import evaluate
 from blt_train.generation import decode_stream, generate
 from blt_train.launch import EXIT_SIGTERM, check_processes, is_rank, launch_processes, run_as_rank, torchrun_command
 from blt_train.metrics import Metrics, StepMetrics
+from blt_train.quickstart.command import quickstart_command
 from blt_train.trainer import TrainResult, train
 
 
@@ -185,3 +186,6 @@ def generate_command(
     click.echo()
     if output is not None:
         output.write_bytes(bytes(kept))
+
+
+main.add_command(quickstart_command)
