@@ -15,9 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blt_data import ShardKind, write_manifest, write_shard
 from blt_data.cli import main
+from blt_data.inspection import escape_bytes
 from blt_data.shards import Manifest
 
 from .corpora import json_lines, read_documents, write_compressed, write_parquet
@@ -130,7 +133,7 @@ def test_bad_source(tmp_path: Path, write: Callable[[Path], None], message: str)
     assert not output.exists()
 
 
-@pytest.mark.parametrize("index", [1, 7, 19])
+@pytest.mark.parametrize("index", [1, 7])
 def test_bad_source_in_a_real_process_with_workers(tmp_path: Path, index: int) -> None:
     write, message = BAD_SOURCES[index]
     (tmp_path / "in").mkdir()
@@ -166,8 +169,7 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_full_disk(tmp_path: Path, workers: str) -> None:
+def test_full_disk(tmp_path: Path) -> None:
     """A limit on the size of files fails writing half-way, as a full disk does."""
     write_parquet(tmp_path / "a.parquet", ["x" * 100_000] * 8, group=4)
 
@@ -175,9 +177,9 @@ def test_full_disk(tmp_path: Path, workers: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     arguments = ("prepare", "--source", tmp_path / "a.parquet", "--output", tmp_path / "out", "--shard-size", "400kB")
-    result = blt_data(*arguments, "--workers", workers, preexec_fn=limit_file_size)
+    result = blt_data(*arguments, "--workers", "2", preexec_fn=limit_file_size)
     check_refusal(result, result.returncode, r"\.arrow: File too large; free some space and run", tmp_path / "out")
-    assert blt_data(*arguments, "--workers", workers).returncode == 0
+    assert blt_data(*arguments).returncode == 0
     assert len(read_documents(tmp_path / "out")) == 8
 
 
@@ -276,6 +278,14 @@ def test_inspect_and_verify_patched_shards_with_bytes_that_are_no_text(tmp_path:
     assert "\\xff\\x00ok" in shown.stdout
     assert "mean patch" in shown.stdout
     assert "patched: 1 shards" in runner.invoke(main, ["verify", str(tmp_path)]).stdout
+
+
+@given(data=st.binary())
+def test_shown_bytes_are_printable_and_can_be_told_apart(data: bytes) -> None:
+    shown = escape_bytes(data)
+    assert shown.isprintable()
+    if shown.isascii() and "\\" not in shown:
+        assert shown.encode() == data
 
 
 def test_verify_names_every_damaged_file(tmp_path: Path) -> None:

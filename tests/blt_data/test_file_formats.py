@@ -51,8 +51,10 @@ def test_reader_in_the_page(tmp_path: Path, kind: ShardKind) -> None:
     if not patched:
         path = tmp_path / "shard-00000.arrow"
         path.write_bytes(path.read_bytes().replace(b"na\xc3", b"no\xc3"))
-        run = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, check=False)
-        assert b"AssertionError" in run.stderr
+        run = subprocess.run(
+            [sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert "AssertionError" in run.stderr
 
 
 def test_page_names_every_key(tmp_path: Path) -> None:

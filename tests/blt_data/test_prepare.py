@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from datatrove.pipeline.filters import LambdaFilter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blt_data import InputError, ShardDirectory
 from blt_data.ingest import PrepareConfig, PrepareResult, PrepareStart, prepare
+from blt_data.pipeline import ShardWriter, SourceReader
+from blt_data.plan import plan_tasks
 from blt_data.sample import decode_python
+from blt_data.sources import resolve_source
 from blt_data.splits import split_of
+from blt_data.staging import read_record
 
 from .corpora import HARD_TEXTS, files_of, json_lines, read_documents, write_compressed, write_parquet
 
@@ -370,6 +377,45 @@ def test_mended_source_takes_over_the_tasks_that_were_good(tmp_path: Path) -> No
     ]
     run(folder, tmp_path / "fresh", shard_bytes=500)
     assert files_of(tmp_path / "fresh") == files_of(tmp_path / "out")
+
+
+def test_blocks_take_datatrove_filters_between_them(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["keep 1", "drop", "keep 2"])
+    tasks = plan_tasks(
+        resolve_source(str(tmp_path / "a.parquet")), task_bytes=None, text_column="text", context={"filter": "keep"}
+    )
+    reader = SourceReader(tasks, text_column="text", id_column="id")
+    writer = ShardWriter(
+        [tmp_path / "task"],
+        reader=reader,
+        source_name="s",
+        shard_bytes=100,
+        provenance={"all": {}},
+        holdout_fraction=None,
+    )
+    data = None
+    for block in (reader, LambdaFilter(lambda document: "keep" in document.text), writer):
+        data = block.run(data, 0, 1)
+    assert [document.text for document in data or ()] == ["keep 1", "keep 2"]
+    record = read_record(tmp_path / "task")
+    assert record is not None
+    assert [(entry.documents, entry.bytes) for entry in record.splits["all"]] == [(2, 12)]
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    line = json_lines(["wörter " * 2000]) + b"\n"
+    peaks = []
+    for name, lines in (("small", 300), ("large", 6000)):
+        write_compressed(tmp_path / f"{name}.jsonl.zst", line * lines)
+        command = [sys.executable, "-m", "blt_data.cli", "prepare", "--shard-size", "2MB", "--workers", "1"]
+        command += ["--source", str(tmp_path / f"{name}.jsonl.zst"), "--output", str(tmp_path / name)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    # The large source has 91 MB more text; ru_maxrss is in kB.
+    assert peaks[1] - peaks[0] < 40_000
 
 
 @needs_shared

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -179,6 +180,15 @@ def test_open_shards_hold_no_file_descriptor(tmp_path: Path) -> None:
     assert [directory.shard(shard).content(row).tobytes() for shard, row in directory.documents()] == [b"a", b"b", b"c"]
     assert directory.shard(1) is directory.shard(1)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_pickles_name_files_and_hold_no_content(tmp_path: Path) -> None:
+    write_directory(tmp_path / "d", [[b"x" * 100_000]])
+    directory = ShardDirectory.open(tmp_path / "d")
+    for value in (directory.shard(0), directory):
+        assert len(pickle.dumps(value)) < 2000
+    assert pickle.loads(pickle.dumps(directory)).shard(0).content(0).tobytes() == b"x" * 100_000
+    assert pickle.loads(pickle.dumps(directory.shard(0))).num_bytes == 100_000
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:

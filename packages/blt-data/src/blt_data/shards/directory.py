@@ -60,6 +60,10 @@ class ShardDirectory:
         """Kind of every shard."""
         return self.manifest.kind
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process opens the shards that it needs for itself.
+        return type(self), (self.path, self.manifest)
+
     def __len__(self) -> int:
         return len(self.manifest.shards)
 

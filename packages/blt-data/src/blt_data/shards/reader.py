@@ -89,6 +89,10 @@ class Shard:
     def __len__(self) -> int:
         return self.num_documents
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process maps the file again; the content itself is never pickled.
+        return type(self).open, (self.path,)
+
     def document_id(self, index: int) -> str:
         """Return the id of document `index`."""
         return str(self.batch.column(DOCUMENT_ID)[index].as_py())
