@@ -53,7 +53,7 @@ def test_names_say_the_order_of_the_transformers(name: str, size: float) -> None
 
 def test_small_presets_are_small() -> None:
     assert 0.5e6 < parameter_counts(PRESETS["entropy-tiny"])["total"] < 1e6
-    assert parameter_counts(PRESETS["blt-tiny"])["total"] < 8e6
+    assert parameter_counts(PRESETS["blt-tiny"])["total"] < 9e6
     assert parameter_counts(PRESETS["blt-debug"])["total"] < 2e5
 
 

@@ -236,6 +236,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """
     if plan.backend == AttentionBackend.VARLEN:
         return _attend_varlen(query, key, value, plan)
+    if plan.mask is not None and query.device.type == "cpu" and query.dtype != torch.float32:
+        # Torch's CPU kernel takes twice the time of float32 for its masked backward in half precision.
+        with torch.autocast("cpu", enabled=False):
+            wide = torch.promote_types(query.dtype, torch.float32)
+            return _attend_blocks(query.to(wide), key.to(wide), value.to(wide), plan, plan.mask).to(query.dtype)
     if plan.mask is not None:
         return _attend_blocks(query, key, value, plan, plan.mask)
     return _attend_rectangles(query, key, value, plan)
@@ -264,10 +269,6 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
 
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, mask: Tensor) -> Tensor:
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # torch's CPU kernel runs its masked backward in half precision at half the speed of float32.
-        query, key, value = query.float(), key.float(), value.float()
     num_tokens, num_heads, width = query.shape
     num_blocks, before = mask.shape[0], mask.shape[3] - plan.block
     tail = num_blocks * plan.block - num_tokens
@@ -282,7 +283,7 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
     result = F.scaled_dot_product_attention(
         queries, blocks(key), blocks(value), attn_mask=mask, enable_gqa=key.shape[1] != num_heads
     )
-    return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens].to(dtype)
+    return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens]
 
 
 def _attend_rectangles(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:

@@ -385,7 +385,7 @@ PRESETS: dict[str, ModelConfig] = {
     "blt-2b": _blt((1, 16, 1024), (26, 20, 2560), (9, 16, 1024), k=3),
     "blt-4b": _blt((1, 16, 1024), (36, 24, 3072), (9, 16, 1024), k=3),
     "blt-8b": _blt((1, 20, 1280), (32, 32, 4096), (6, 20, 1280), k=4),
-    "blt-tiny": _small_blt(local=128, latent=256, layers=(1, 4, 3), window=128, table_size=4096),
+    "blt-tiny": _small_blt(local=128, latent=192, layers=(1, 3, 2), window=128, table_size=8192),
     "blt-debug": _small_blt(local=32, latent=64, layers=(1, 2, 2), window=8, table_size=64),
 }
 """Every named configuration."""

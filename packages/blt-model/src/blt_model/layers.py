@@ -61,7 +61,7 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     Returns:
         [T, heads, E] of the heads' dtype.
     """
-    even, odd = heads[..., 0::2], heads[..., 1::2]
+    even, odd = torch.unbind(heads.view(*heads.shape[:-1], -1, 2), dim=-1)
     turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
     return turned.flatten(-2).to(heads.dtype)
 
@@ -124,9 +124,9 @@ class SelfAttention(nn.Module):
         """
         heads: Tensor = self.query_key_value(x)
         heads = heads.view(len(x), -1, self.head_dim)
-        turned = rotate(heads[:, : self.num_heads + self.kv_heads], layout.cosine, layout.sine)
-        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        value = heads[:, self.num_heads + self.kv_heads :]
+        turning, value = torch.split(heads, [self.num_heads + self.kv_heads, self.kv_heads], dim=1)
+        turned = rotate(turning, layout.cosine, layout.sine)
+        query, key = torch.split(turned, [self.num_heads, self.kv_heads], dim=1)
         if carry is not None:
             key, value = torch.cat([carry[0], key]), torch.cat([carry[1], value])
         mixed = attend(query, key, value, layout.plan)
