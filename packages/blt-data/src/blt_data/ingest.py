@@ -199,7 +199,9 @@ def _run_tasks(
 
 
 def _worthwhile_workers(tasks: Sequence[Task]) -> int:
-    return min(len(os.sched_getaffinity(0)), 1 + sum(task.weight for task in tasks) // _WORKER_BYTES)
+    # Only Linux tells which CPUs a container or a batch job leaves to this process.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, 1 + sum(task.weight for task in tasks) // _WORKER_BYTES)
 
 
 def _provenance(config: PrepareConfig, source: Source) -> dict[str, JSON]:
