@@ -76,13 +76,10 @@ def patch_documents(
         InputError: the arrays do not fit each other, the scheme needs entropies that are not given, or an entropy is
             not finite.
     """
-    scratch, counts = _patch_to_scratch(scheme, content, content_offsets, entropies, threads)
-    documents = counts.size
-    offsets = np.zeros(documents + 1, dtype=np.int64)
+    pieces, counts = _patch_ranges(scheme, content, content_offsets, entropies, threads)
+    offsets = np.zeros(counts.size + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
-    lengths = np.empty(int(offsets[-1]), dtype=np.uint16)
-    kernels.gather_range(scratch, content_offsets, offsets, 0, documents, lengths)
-    return PatchedDocuments(lengths=lengths, offsets=offsets)
+    return PatchedDocuments(lengths=pieces[0] if len(pieces) == 1 else np.concatenate(pieces), offsets=offsets)
 
 
 def count_patches(
@@ -94,7 +91,7 @@ def count_patches(
     threads: int | None = None,
 ) -> int:
     """Return how many patches `patch_documents` would make of all documents together; same arguments and errors."""
-    _, counts = _patch_to_scratch(scheme, content, content_offsets, entropies, threads)
+    _, counts = _patch_ranges(scheme, content, content_offsets, entropies, threads)
     return int(counts.sum())
 
 
@@ -134,41 +131,39 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _patch_to_scratch(
+def _patch_ranges(
     scheme: PatchScheme,
     content: npt.NDArray[np.uint8],
     content_offsets: npt.NDArray[np.int64],
     entropies: npt.NDArray[np.float16] | None,
     threads: int | None,
-) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
-    """Run the kernel on a few threads; return its scratch lengths and the counts per document."""
+) -> tuple[list[npt.NDArray[np.uint16]], npt.NDArray[np.int64]]:
+    """Run the kernel, on a few threads where that pays; return the lengths piece by piece, and counts per document."""
     tokens = _check_layout(content, content_offsets)
-    documents = content_offsets.size - 1
     bits = np.empty(0, dtype=np.uint16)
     if scheme.needs_entropies:
         bits = _entropy_bits(scheme, tokens, entropies)
     rule, p, q = _kernel_arguments(scheme)
-    # One place per token is room for any patching; pages that no length reaches are never touched.
-    scratch = np.empty(tokens, dtype=np.uint16)
-    counts = np.empty(documents, dtype=np.int64)
+    counts = np.empty(content_offsets.size - 1, dtype=np.int64)
 
-    def run(bounds: tuple[int, int]) -> int:
-        return kernels.patch_range(
-            rule, content, content_offsets, bits, p, q, scheme.length_limit, bounds[0], bounds[1], scratch, counts
+    def run(bounds: tuple[int, int]) -> npt.NDArray[np.uint16]:
+        begin, end = bounds
+        # One place per token is room for any patching; memory that no length reaches is never touched.
+        room = np.empty(int(content_offsets[end] - content_offsets[begin]) + 2 * (end - begin), dtype=np.uint16)
+        broken = kernels.patch_range(
+            rule, content, content_offsets, bits, p, q, scheme.length_limit, begin, end, room, counts
         )
+        if broken >= 0:
+            raise InputError(
+                f"document {broken} has an entropy that is not a finite number; score it again with a sound model"
+            )
+        return room[: int(counts[begin:end].sum())]
 
     ranges = _split_documents(content_offsets, tokens, threads)
     if len(ranges) == 1:
-        broken = [run(ranges[0])]
-    else:
-        with ThreadPoolExecutor(len(ranges), thread_name_prefix="blt-patch") as pool:
-            broken = list(pool.map(run, ranges))
-    for document in broken:
-        if document >= 0:
-            raise InputError(
-                f"document {document} has an entropy that is not a finite number; score it again with a sound model"
-            )
-    return scratch, counts
+        return [run(ranges[0])], counts
+    with ThreadPoolExecutor(len(ranges), thread_name_prefix="blt-patch") as pool:
+        return list(pool.map(run, ranges)), counts
 
 
 def _check_layout(content: npt.NDArray[np.uint8], content_offsets: npt.NDArray[np.int64]) -> int:

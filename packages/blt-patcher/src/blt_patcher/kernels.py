@@ -232,7 +232,7 @@ def patch_range(
         limit: the longest patch, in tokens.
         begin: first document.
         end: one past the last document.
-        out: uint16 [N + 2D] scratch: document d's lengths are written from its first token's place on.
+        out: uint16 with room for one length per token of these documents; their lengths are written end to end.
         counts: int64 [D] the number of patches of each document, written.
 
     Returns:
@@ -241,35 +241,19 @@ def patch_range(
     marks = np.empty(BLOCK, dtype=np.uint8)
     starts = np.empty(BLOCK, dtype=np.int64)
     needs_entropies = rule <= RULE_COMBINED
+    filled = 0
     for d in range(begin, end):
         low, high = content_offsets[d], content_offsets[d + 1]
         token = low - content_offsets[0] + 2 * d
         tokens = high - low + 2
         document_bits = bits[token : token + tokens] if needs_entropies else bits[:0]
         counts[d] = _patch_one(
-            rule, content[low:high], document_bits, p, q, limit, out[token : token + tokens], marks, starts
+            rule, content[low:high], document_bits, p, q, limit, out[filled : filled + tokens], marks, starts
         )
         if counts[d] < 0:
             return d
+        filled += counts[d]
     return -1
-
-
-@compiled
-def gather_range(scratch: U16, content_offsets: I64, patch_offsets: I64, begin: int, end: int, lengths: U16) -> None:
-    """Copy the documents' lengths from `patch_range`'s scratch to their final, gapless places.
-
-    Args:
-        scratch: uint16 [N + 2D] as `patch_range` left it.
-        content_offsets: int64 [D + 1] where each document's bytes begin.
-        patch_offsets: int64 [D + 1] where each document's lengths go.
-        begin: first document.
-        end: one past the last document.
-        lengths: uint16 [P] written.
-    """
-    for d in range(begin, end):
-        source = content_offsets[d] - content_offsets[0] + 2 * d
-        low, high = patch_offsets[d], patch_offsets[d + 1]
-        lengths[low:high] = scratch[source : source + high - low]
 
 
 @compiled
