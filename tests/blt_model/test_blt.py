@@ -162,7 +162,7 @@ def test_training_lowers_the_loss() -> None:
 def test_initial_loss_is_near_uniform() -> None:
     """Fresh weights predict next to nothing, neither confidently wrong nor with inside knowledge."""
     batch, targets = pack_documents(*sample())
-    nats = float(cross_entropy_sum(model()(batch), targets)) / len(targets)
+    nats = cross_entropy_sum(model()(batch), targets).item() / len(targets)
     assert np.log(260) - 0.1 < nats < np.log(260) + 1
 
 

@@ -2,9 +2,9 @@
 
 - ``varlen``: torch's variable-length flash attention (CUDA, float16 or bfloat16). Offsets and window go to the kernel.
 - ``sdpa``: ``scaled_dot_product_attention`` (any device and dtype, with backward). With a window, the tokens are cut
-  into blocks and every block of queries reads the keys from window - 1 before it: the mask has
-  tokens x (window + block) entries. Without one, or where no document outgrows it, documents of similar length are
-  attended together as small causal rectangles.
+  into blocks and every block of queries reads itself and the blocks that the window reaches back to: the mask has at
+  most tokens x (window + 2 blocks) entries. Without one, or where no document outgrows it, documents of similar
+  length are attended together as small causal rectangles.
 
 What depends on the batch alone is worked out once per forward (`plan_attention`) and shared by all layers.
 
@@ -75,7 +75,7 @@ class AttentionPlan:
     block: int = 0
     """sdpa with a window: queries in a block."""
     mask: Tensor | None = None
-    """sdpa with a window: bool [blocks, 1, block, W - 1 + block]."""
+    """sdpa with a window: bool [blocks, 1, block, before + block], before being W - 1 rounded up to whole blocks."""
     rectangles: tuple[Rectangle, ...] = ()
     """sdpa without window: the groups of documents."""
     gather: Tensor | None = None
@@ -170,7 +170,8 @@ def _plan_blocks(plan: AttentionPlan, num_tokens: int, window: int) -> Attention
     starts = (plan.key_offsets.long() - plan.carried)[segment_of(plan.query_offsets, num_tokens)]
     starts = F.pad(starts, (0, num_blocks * block - num_tokens), value=num_tokens)
     first = torch.maximum(starts, queries - (window - 1)).minimum(queries).view(num_blocks, block, 1)
-    keys = queries.view(num_blocks, block)[:, :1] + torch.arange(1 - window, block, device=device)
+    before = -(-(window - 1) // block) * block
+    keys = queries.view(num_blocks, block)[:, :1] + torch.arange(-before, block, device=device)
     keys = keys.unsqueeze(1)
     mask = (keys >= first) & (keys <= queries.view(num_blocks, block, 1))
     return AttentionPlan(
@@ -268,21 +269,37 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
     return cast(Tensor, result)
 
 
+class _OverlappingBlocks(torch.autograd.Function):
+    """Views of every block together with what comes before it; backward adds whole blocks, not single places."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, head: int, before: int, block: int, num_blocks: int) -> Tensor:
+        """[C + T, G, E] to [blocks, G, before + block, E], after `head` rows of zeros."""
+        ctx.sizes = len(tensor), head, before, block
+        tail = before + num_blocks * block - head - len(tensor)
+        padded = F.pad(tensor, (0, 0, 0, 0, head, tail))
+        return padded.unfold(0, before + block, block).transpose(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        length, head, before, block = ctx.sizes
+        num_blocks, heads, _, width = gradients[0].shape
+        shifts = before // block
+        total = gradients[0].new_zeros(num_blocks + shifts, block, heads, width)
+        parts = gradients[0].transpose(1, 2).reshape(num_blocks, shifts + 1, block, heads, width)
+        for shift in range(shifts + 1):
+            total[shift : shift + num_blocks] += parts[:, shift]
+        return total.flatten(0, 1)[head : head + length], None, None, None, None
+
+
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, mask: Tensor) -> Tensor:
     num_tokens, num_heads, width = query.shape
     num_blocks, before = mask.shape[0], mask.shape[3] - plan.block
-    tail = num_blocks * plan.block - num_tokens
-
-    def blocks(tensor: Tensor) -> Tensor:
-        """Overlapping views [blocks, G, W - 1 + block, E] of the keys or values."""
-        head = before - plan.carried
-        padded = F.pad(tensor[max(0, -head) :], (0, 0, 0, 0, max(0, head), tail))
-        return padded.unfold(0, before + plan.block, plan.block).transpose(2, 3)
-
-    queries = F.pad(query, (0, 0, 0, 0, 0, tail)).view(num_blocks, plan.block, num_heads, width).transpose(1, 2)
-    result = F.scaled_dot_product_attention(
-        queries, blocks(key), blocks(value), attn_mask=mask, enable_gqa=key.shape[1] != num_heads
-    )
+    sizes = before - plan.carried, before, plan.block, num_blocks
+    keys, values = (_OverlappingBlocks.apply(tensor, *sizes) for tensor in (key, value))
+    queries = F.pad(query, (0, 0, 0, 0, 0, num_blocks * plan.block - num_tokens))
+    queries = queries.view(num_blocks, plan.block, num_heads, width).transpose(1, 2)
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=key.shape[1] != num_heads)
     return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens]
 
 

@@ -361,13 +361,19 @@ def _blt(
     )
 
 
-def _small_blt(local: int, latent: int, layers: tuple[int, int, int], window: int, table_size: int) -> BLTConfig:
-    """A BLT for one CPU, with heads of 32 and two vectors for each patch."""
+def _small_blt(
+    encoder: tuple[int, int, int],
+    latent: tuple[int, int, int],
+    decoder: tuple[int, int, int],
+    window: int,
+    table_size: int,
+) -> BLTConfig:
+    """A BLT for one CPU; every triple is layers, heads, dim."""
     return BLTConfig(
-        encoder=_local(local, layers[0], local // 32, window),
-        latent=TransformerConfig(dim=latent, num_layers=layers[1], num_heads=latent // 32),
-        decoder=_local(local, layers[2], local // 32, window),
-        cross_attention=CrossAttentionConfig(num_heads=local // 32, k=2),
+        encoder=_local(encoder[2], encoder[0], encoder[1], window),
+        latent=TransformerConfig(dim=latent[2], num_layers=latent[0], num_heads=latent[1]),
+        decoder=_local(decoder[2], decoder[0], decoder[1], window),
+        cross_attention=CrossAttentionConfig(num_heads=decoder[1], k=2),
         hash_embedding=HashEmbeddingConfig(table_size=table_size),
     )
 
@@ -385,8 +391,8 @@ PRESETS: dict[str, ModelConfig] = {
     "blt-2b": _blt((1, 16, 1024), (26, 20, 2560), (9, 16, 1024), k=3),
     "blt-4b": _blt((1, 16, 1024), (36, 24, 3072), (9, 16, 1024), k=3),
     "blt-8b": _blt((1, 20, 1280), (32, 32, 4096), (6, 20, 1280), k=4),
-    "blt-tiny": _small_blt(local=128, latent=192, layers=(1, 3, 2), window=128, table_size=8192),
-    "blt-debug": _small_blt(local=32, latent=64, layers=(1, 2, 2), window=8, table_size=64),
+    "blt-tiny": _small_blt((1, 4, 128), (3, 6, 192), (2, 4, 128), window=128, table_size=8192),
+    "blt-debug": _small_blt((1, 2, 32), (2, 4, 64), (2, 2, 32), window=8, table_size=64),
 }
 """Every named configuration."""
 
