@@ -15,7 +15,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # an optimizer loads it on first use; loaded here, every fork has it
+
 from blt_train.cli import main
+from blt_train.config_parsing import load_config
+from blt_train.inputs import open_inputs
+from blt_train.plan import plan_epoch
 
 OPERATIONS = ("fsync", "replace", "symlink", "rmdir", "unlink")
 
@@ -58,6 +63,9 @@ def train(arguments: list[str], fatal: int, report: int | None = None) -> int:
 def run_all() -> None:
     """Train as the command line says."""
     points, run, *arguments = sys.argv[1:]
+    # Compile the kernels once, before the first fork.
+    inputs = open_inputs(load_config(arguments[1], [*arguments[2:], f"run={run}"]), verify=False)
+    plan_epoch(inputs.documents, inputs.capacity, seed=0, epoch=0)
     reading, writing = os.pipe()
     undisturbed = train([*arguments, f"run={run}-whole"], fatal=-1, report=writing)
     if undisturbed != 0:

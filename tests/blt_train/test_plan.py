@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +174,24 @@ def test_derived_capacities_use_the_sequences_well(tmp_path: Path) -> None:
     plan = plan_epoch(table, capacity, seed=0, epoch=0)
     assert plan.utilisation(capacity) >= 0.95
     assert capacity.patches < 2 * 512 / table.mean_patch_length
+
+
+def test_stream_says_the_same_to_all_threads(tmp_path: Path) -> None:
+    table = table_of(write_documents(tmp_path / "d", text_documents(12)))
+    capacity = Capacity(tokens=64, patches=0, documents=4)
+    count = 5 * plan_epoch(table, capacity, seed=0, epoch=0).num_sequences
+    alone = SequenceStream(table, capacity, seed=0)
+    expected = [alone.locate(index) for index in range(count)]
+    for _ in range(20):
+        stream, together = SequenceStream(table, capacity, seed=0), threading.Barrier(4)
+
+        def ask(stream: SequenceStream = stream, together: threading.Barrier = together) -> list[tuple[int, int]]:
+            together.wait()
+            return [stream.locate(index) for index in range(count)]
+
+        with ThreadPoolExecutor(4) as pool:
+            for answers in [pool.submit(ask) for _ in range(4)]:
+                assert answers.result() == expected
 
 
 def test_stream_flows_over_epochs(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ whoever knows a step knows its sequences.
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,8 @@ class SequenceStream:
         self._seed = seed
         #: First sequence of each epoch whose plan has been made, and of the one after.
         self._epoch_starts = [0]
+        # The loader's thread and the trainer ask at the same time.
+        self._lock = threading.Lock()
 
     def _plan(self, epoch: int) -> Plan:
         return plan_epoch(self.documents, self.capacity, seed=self._seed, epoch=epoch)
@@ -76,9 +79,10 @@ class SequenceStream:
         Args:
             index: the sequence's number in the stream, from 0.
         """
-        while self._epoch_starts[-1] <= index:
-            epoch = len(self._epoch_starts) - 1
-            self._epoch_starts.append(self._epoch_starts[-1] + self.plan(epoch).num_sequences)
+        with self._lock:
+            while self._epoch_starts[-1] <= index:
+                epoch = len(self._epoch_starts) - 1
+                self._epoch_starts.append(self._epoch_starts[-1] + self.plan(epoch).num_sequences)
         epoch = int(np.searchsorted(self._epoch_starts, index, side="right")) - 1
         return epoch, index - self._epoch_starts[epoch]
 
