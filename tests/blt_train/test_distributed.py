@@ -1,0 +1,131 @@
+"""Several processes: the losses of one, resuming on another number, and one sentence when a process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tests.blt_train.samples import blt_config, command, run_command, without_times
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from blt_train import read_metrics, train
+from blt_train.launch import culprit
+from blt_train.metrics import StepMetrics
+
+
+def processes_of(run: Path) -> dict[int, int]:
+    """Rank to process id of the training processes of a run."""
+    found = {}
+    for directory in Path("/proc").iterdir():
+        try:
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+            environment = (directory / "environ").read_bytes().split(b"\0")
+        except (NotADirectoryError, FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+        ranks = [item for item in environment if item.startswith(b"RANK=")]
+        if f"run={run}".encode() in words and ranks:
+            found[int(ranks[0].removeprefix(b"RANK="))] = int(directory.name)
+    return found
+
+
+def assert_close(steps: tuple[StepMetrics, ...], others: tuple[StepMetrics, ...]) -> None:
+    """The same batches, and the same losses to rounding."""
+    assert [item.loss for item in steps] == pytest.approx([item.loss for item in others], rel=2e-4)
+    rounded = ("loss", "bpb", "gradient_norm")
+    for mine, other in zip(without_times(steps), without_times(others), strict=True):
+        assert {key: mine[key] for key in mine if key not in rounded} == {
+            key: other[key] for key in other if key not in rounded
+        }
+
+
+def test_two_processes_give_the_losses_of_one_and_resume_as_one(workplace: Path) -> None:
+    overrides = ["schedule.total_steps=8", "batch.sequences_per_micro_batch=1", "checkpoint.every=4"]
+    holdout = f"data.holdout={workplace / 'patched-holdout'}"
+    alone = train(blt_config(workplace, "alone", *overrides, holdout))
+    arguments = ["launch", "debug-blt", f"run={workplace / 'two'}", f"data.train={workplace / 'patched'}", holdout]
+    done = run_command(*arguments, *overrides, "--nproc-per-node", "2")
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --standalone --nproc-per-node=2 -m blt_train launch" in done.stderr
+    steps, evaluations = read_metrics(workplace / "two")
+    assert_close(steps, alone.steps)
+    assert [item.holdout_bpb for item in evaluations] == pytest.approx(
+        [item.holdout_bpb for item in alone.evaluations], rel=2e-4
+    )
+
+    # From the middle, in one process: the same batches follow.
+    run = workplace / "two"
+    (run / "latest").unlink()
+    (run / "latest").symlink_to("checkpoints/step-00000004")
+    resumed = train(blt_config(workplace, "two", *overrides, holdout))
+    assert resumed.is_finished
+    assert_close(resumed.steps, alone.steps)
+
+
+def test_a_killed_process_ends_the_job(workplace: Path) -> None:
+    run = workplace / "run"
+    arguments = ["launch", "debug-blt", f"run={run}", f"data.train={workplace / 'patched'}", "--nproc-per-node", "2"]
+    job = subprocess.Popen(
+        command(*arguments, "schedule.total_steps=100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)[0]) < 3:
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    ranks = processes_of(run)
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[1], signal.SIGKILL)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "error: process 1 of 2 was killed by SIGKILL" in told
+    assert "Traceback" not in told
+    assert not processes_of(run)
+
+
+def test_bad_input_in_a_process_is_told_in_one_sentence(workplace: Path) -> None:
+    run = workplace / "run"
+    train(blt_config(workplace, "run", "schedule.total_steps=2"))
+    before = (run / "metrics.jsonl").read_bytes()
+    arguments = ["launch", "debug-blt", f"run={run}", f"data.train={workplace / 'patched'}", "seed=5"]
+    done = run_command(*arguments, "schedule.total_steps=2", "--nproc-per-node", "2")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("the same by hand")]
+    assert len(errors) == 1, done.stderr
+    assert "was trained with seed = 0, the config says 5" in errors[0]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_cannot_be_divided_is_refused_before_any_process_starts(workplace: Path) -> None:
+    done = subprocess.run(
+        command("launch", "debug-blt", f"data.train={workplace / 'patched'}", "--nproc-per-node", "3"),
+        capture_output=True,
+        text=True,
+        cwd=workplace,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no multiple of 3 process(es)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (workplace / "runs").exists()
+
+
+def test_the_culprit_is_who_failed_first(tmp_path: Path) -> None:
+    def failure(rank: int, exitcode: int, reason: str | None, timestamp: int) -> ProcessFailure:
+        path = tmp_path / f"{rank}.json"
+        if reason is not None:
+            user = "true" if reason == "bad input" else "false"
+            extra = f'{{"timestamp": "{timestamp}", "is_user_error": {user}}}'
+            path.write_text(f'{{"message": {{"message": "{reason}", "extraInfo": {extra}}}}}', encoding="utf-8")
+        return ProcessFailure(local_rank=rank, pid=1, exitcode=exitcode, error_file=str(path))
+
+    lost = failure(0, 1, "connection lost", 5)
+    killed = failure(1, -signal.SIGKILL, None, 9)
+    wrong = failure(2, 1, "bad input", 9)
+    other = failure(3, 1, "later", 8)
+    assert culprit({0: lost, 1: killed}) is killed
+    assert culprit({0: lost, 1: killed, 2: wrong}) is wrong
+    assert culprit({3: other, 0: lost}) is lost
