@@ -127,5 +127,6 @@ def test_gpu_agrees_with_cpu_to_bfloat16(model: ByteLM, compile_model: bool) -> 
     gpu = score_documents(
         copy.deepcopy(model), content, offsets, device="cuda", window_tokens=256, compile=compile_model
     ).astype(np.float64)
-    assert float(np.abs(gpu - cpu).mean()) < 0.02
-    assert float(np.abs(gpu - cpu).max()) < 0.3
+    # The output weights above are twenty-fold, and with them the rounding of bfloat16 logits.
+    assert float(np.abs(gpu - cpu).mean()) < 0.06
+    assert float(np.abs(gpu - cpu).max()) < 0.6

@@ -156,7 +156,7 @@ def calibrate_command(
 @click.option("--patch-length", type=int, metavar="K", help="Tokens per patch of scheme static.")
 @_scheme_options
 @_sample_option
-@click.option("--keep-entropies", is_flag=True, help="Store the entropies: other thresholds then need no model.")
+@click.option("--keep-entropies", is_flag=True, help="Store the entropies beside the patch lengths.")
 @_scoring_options
 @friendly_errors
 def precompute_command(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from blt_data.errors import InputError
 from blt_data.framing import BOE_ID
-from blt_model import ByteLM, next_byte_entropy, to_json
+from blt_model import ByteLM, StreamState, next_byte_entropy, to_json
 from blt_model.weights import load_model, model_fingerprint
 from blt_patcher.windows import Window, cut_windows, framed_offsets
 
@@ -160,7 +160,7 @@ class EntropyScorer:
             float16 [N + 2D] nats of the next-token distribution after each framed token, document by document.
 
         Raises:
-            InputError: the model gives an entropy that is not finite.
+            InputError: the model gives an entropy that is not finite, or a window does not fit the GPU's memory.
         """
         offsets = framed_offsets(content_offsets)
         result = np.empty(int(offsets[-1]), dtype=np.float16)
@@ -182,14 +182,25 @@ class EntropyScorer:
             for window in cut_windows(content, content_offsets, self.window_tokens):
                 if not window.continues:
                     state = self.model.initial_state()
-                tokens, document_offsets = self._to_device(window)
-                logits, state = self._step(tokens, document_offsets, state)
-                arrivals.append(self._send(window, next_byte_entropy(logits)))
+                nats, state = self._run(window, state)
+                arrivals.append(self._send(window, nats))
                 if len(arrivals) > _WINDOWS_IN_FLIGHT:
                     collect()
         while arrivals:
             collect()
         return result
+
+    def _run(self, window: Window, state: StreamState) -> tuple[Tensor, StreamState]:
+        """Return a window's entropies, float32 on the device, and the state for the next window."""
+        try:
+            tokens, document_offsets = self._to_device(window)
+            logits, state = self._step(tokens, document_offsets, state)
+            return next_byte_entropy(logits), state
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"the GPU has too little memory for windows of {self.window_tokens:,} tokens; give fewer with "
+                "--window-tokens, or another --device"
+            ) from error
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self._autocasts else nullcontext()
