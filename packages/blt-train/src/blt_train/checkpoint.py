@@ -74,8 +74,14 @@ class TrainerState:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions that a checkpoint records."""
-    return {name: metadata.version(name) for name in _PACKAGES}
+    """Return the versions that a checkpoint records; those of packages run from a checkout are `not installed`."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
