@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tests.blt_train.samples import byte_config, text_documents, write_patched
@@ -69,7 +70,7 @@ def test_blt_generates_from_its_run_alone(workplace: Path) -> None:
     save_model(scorer, workplace / "scorer")
     documents = text_documents(30)
     entropies = [
-        next_byte_entropy(scorer(pack_documents([[*frame(content), 0]])[0])).detach().numpy().astype("float16")
+        next_byte_entropy(scorer(pack_documents([np.append(frame(content), 0)])[0])).detach().numpy().astype("float16")
         for content in documents
     ]
     scheme = EntropyScheme(threshold=float(entropies[0].mean()))
