@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,10 @@ def test_unwritable_run(workplace: Path) -> None:
     (workplace / "file").write_text("", encoding="utf-8")
     result = launch(workplace, "debug-entropy", "bytes", f"run={workplace / 'file' / 'run'}")
     assert_refused(result, "file")
+
+
+def test_openmp_is_set_before_torch_is_loaded() -> None:
+    code = "import sys, blt_train; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert loaded.index("blt_train.environment") < loaded.index("torch")

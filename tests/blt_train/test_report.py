@@ -110,7 +110,12 @@ def test_curve_of_run_and_drawing(tmp_path: Path) -> None:
     first = EvaluationMetrics(
         step=0, holdout_bpb=8.0, holdout_loss=5.5, holdout_bytes=4, holdout_documents=1, holdout_seconds=0.1
     )
-    metrics = [first, step, replace(step, step=2, bpb=7.0), replace(first, step=2, holdout_bpb=7.1)]
+    metrics: list[StepMetrics | EvaluationMetrics] = [
+        first,
+        step,
+        replace(step, step=2, bpb=7.0),
+        replace(first, step=2, holdout_bpb=7.1),
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(to_line(line) for line in metrics))
     curve = curve_of_run(tmp_path, "LM")
     assert (curve.steps, curve.train_bpb) == ((1, 2), (7.5, 7.0))

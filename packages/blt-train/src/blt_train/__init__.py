@@ -1,5 +1,8 @@
 """Training, evaluation and generation for the Byte Latent Transformer."""
 
+import blt_train.environment  # noqa: F401  # settings that torch reads when it is loaded, so it comes first
+
+# isort: split
 from blt_train.config import (
     BatchConfig,
     CheckpointConfig,
