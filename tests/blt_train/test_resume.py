@@ -79,7 +79,7 @@ def test_killed_from_outside(workplace: Path) -> None:
 
 
 def test_sigterm_saves_then_stops(workplace: Path) -> None:
-    overrides = ["schedule.total_steps=150", "checkpoint.every=1000"]
+    overrides = ["schedule.total_steps=70", "checkpoint.every=1000"]
     process = start("debug-blt", f"run={workplace / 'stopped'}", f"data.train={workplace / 'patched'}", *overrides)
     wait_for_steps(workplace / "stopped", 3, process)
     process.terminate()
@@ -88,7 +88,7 @@ def test_sigterm_saves_then_stops(workplace: Path) -> None:
     assert "stopped by SIGTERM after step" in told
     step = len(read_metrics(workplace / "stopped")[0])
     assert (workplace / "stopped" / "latest").resolve().name == f"step-{step:08d}"
-    assert step < 150
+    assert step < 70
     train(blt_config(workplace, "stopped", *overrides))
     train(blt_config(workplace, "whole", *overrides))
     assert_same_run(workplace / "stopped", workplace / "whole")
