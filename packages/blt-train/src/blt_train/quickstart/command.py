@@ -27,10 +27,10 @@ from blt_train.quickstart.pipeline import QuickstartOptions, run_quickstart
     show_default=True,
     help="Corpus: a Parquet, JSON lines or text file, a directory, a glob, or this Python's own standard library.",
 )
-@click.option("--limit-bytes", default=8_000_000, show_default=True, help="Corpus size at most.")
+@click.option("--limit-bytes", default=3_000_000, show_default=True, help="Corpus size at most.")
 @click.option("--target-patch-length", default=4.5, show_default=True, help="Mean patch length to calibrate for.")
-@click.option("--entropy-steps", default=400, show_default=True, help="Training steps of the entropy LM.")
-@click.option("--blt-steps", default=600, show_default=True, help="Training steps of the BLT.")
+@click.option("--entropy-steps", default=300, show_default=True, help="Training steps of the entropy LM.")
+@click.option("--blt-steps", default=400, show_default=True, help="Training steps of the BLT.")
 @click.option("--prompt", default="def read_", show_default=True, help="What the sample text begins with.")
 @click.option(
     "--baselines", is_flag=True, help="Also train a byte-level and a static-patch model for the same operations."

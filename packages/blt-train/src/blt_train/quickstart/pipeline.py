@@ -16,6 +16,10 @@ from blt_train.quickstart.stages import Stage, StageClock, run_stages, warmup_st
 from blt_train.report import write_report
 
 
+#: Bytes on which the threshold is found: enough for the mean patch length to hold within a few percent.
+CALIBRATION_BYTES = 400_000
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartOptions:
     """What a user may choose; the defaults need no files and no network."""
@@ -105,7 +109,8 @@ def _stages_before_threshold(options: QuickstartOptions) -> list[Stage]:
         arguments=(
             "blt-patch", "precompute", str(root / "bytes" / "train"), "--output", str(root / "patches" / "train"),
             "--entropy-model", str(root / "entropy" / "latest"),
-            "--target-patch-length", f"{options.target_patch_length:g}", "--keep-entropies",
+            "--target-patch-length", f"{options.target_patch_length:g}",
+            "--sample-bytes", str(CALIBRATION_BYTES), "--keep-entropies",
         ),
     )  # fmt: skip
     return [prepare, entropy, patch]
