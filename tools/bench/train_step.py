@@ -2,10 +2,12 @@
 
 Run from the repository's root, on an otherwise idle machine:
 
-    uv run python -m tools.bench.train_step [--rows 4] [--bytes 1024] [--threads 2]
+    uv run python -m tools.bench.train_step --lengths 1024,1024,1024,1024
+    uv run python -m tools.bench.train_step --lengths 2048,1024,640,384
 
-The text is this Python's own standard library, cut at the space scheme's boundaries. Both sides take turns, so that a
-change in the machine's speed hits both; the figure is the median step. The last line is JSON.
+The text is this Python's own standard library, cut at the space scheme's boundaries. transformers takes the documents
+of a batch as rows padded to the longest, ours end to end; bytes per second count no padding. Both sides take turns, so
+that a change in the machine's speed hits both; the figure is the median step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tests.blt_model.transformers_map import blt_weights, their_blt
 
 from blt_data import frame
 from blt_model import BLT, BLTConfig, pack_documents, preset
 from blt_patcher import SpaceScheme, patch_document
+
+Tokens = npt.NDArray[np.uint16]
 
 
 def bench_config() -> BLTConfig:
@@ -41,23 +46,32 @@ def bench_config() -> BLTConfig:
     return config
 
 
-def sample_rows(rows: int, length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Framed documents of length + 1 tokens (length inputs), and their patch lengths."""
+def sample_rows(lengths: list[int]) -> tuple[list[Tokens], list[Tokens]]:
+    """Framed documents of so many inputs (framed tokens less one), and their patch lengths."""
     text = inspect.getsource(argparse).encode() + inspect.getsource(inspect).encode()
     documents, patches = [], []
-    for row in range(rows):
+    for row, length in enumerate(lengths):
         content = text[row * 3001 :][: length - 1]
         documents.append(frame(content))
         patches.append(patch_document(SpaceScheme(max_patch_length=16), content))
     return documents, patches
 
 
-def padded(patches: list[np.ndarray]) -> torch.Tensor:
-    """Patch lengths as transformers takes them: int64 [rows, patches], filled up with zeros."""
-    table = torch.zeros(len(patches), max(map(len, patches)), dtype=torch.int64)
-    for row, lengths in enumerate(patches):
+def padded(documents: list[Tokens], patches: list[Tokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, patch lengths and targets as transformers takes them: one row per document, padded to the longest.
+
+    The padding of a row is one more patch; patch lengths are filled up with zeros.
+    """
+    longest = max(map(len, documents)) - 1
+    inputs = torch.zeros(len(documents), longest, dtype=torch.int64)
+    targets = torch.full_like(inputs, -100)
+    table = torch.zeros(len(patches), max(map(len, patches)) + 1, dtype=torch.int64)
+    for row, (document, lengths) in enumerate(zip(documents, patches, strict=True)):
+        tokens = torch.from_numpy(document.astype(np.int64))
+        inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         table[row, : len(lengths)] = torch.from_numpy(lengths.astype(np.int64))
-    return table
+        table[row, len(lengths)] = longest + 1 - len(tokens)
+    return inputs, table, targets.flatten()
 
 
 def stepper(model: torch.nn.Module, logits: Callable[[], torch.Tensor], targets: torch.Tensor) -> Callable[[], float]:
@@ -66,7 +80,7 @@ def stepper(model: torch.nn.Module, logits: Callable[[], torch.Tensor], targets:
 
     def step() -> float:
         loss = torch.nn.functional.cross_entropy(logits().flatten(0, -2).float(), targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -77,8 +91,7 @@ def stepper(model: torch.nn.Module, logits: Callable[[], torch.Tensor], targets:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--bytes", type=int, default=1024)
+    parser.add_argument("--lengths", default="1024,1024,1024,1024", help="Input tokens of each document.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
@@ -91,13 +104,15 @@ def main() -> None:
     ours.load_state_dict(blt_weights(theirs.state_dict(), config))
     parameters = sum(parameter.numel() for parameter in ours.parameters())
 
-    documents, patches = sample_rows(options.rows, options.bytes)
+    lengths = [int(length) for length in options.lengths.split(",")]
+    documents, patches = sample_rows(lengths)
     batch, targets = pack_documents(documents, patches)
-    inputs = torch.from_numpy(np.stack([document[:-1] for document in documents]).astype(np.int64))
-    lengths = padded(patches)
+    inputs, table, padded_targets = padded(documents, patches)
     steps = {
         "ours": stepper(ours, lambda: ours(batch), targets),
-        "transformers": stepper(theirs, lambda: theirs(inputs, patch_lengths=lengths, use_cache=False).logits, targets),
+        "transformers": stepper(
+            theirs, lambda: theirs(inputs, patch_lengths=table, use_cache=False).logits, padded_targets
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -107,10 +122,10 @@ def main() -> None:
             losses[name].append(step())
             if repeat:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - started)
-    tokens = options.rows * options.bytes
+    tokens = sum(lengths)
     speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     gap = max(abs(a - b) for a, b in zip(losses["ours"], losses["transformers"], strict=True))
-    print(f"{parameters:,} parameters, {options.rows} x {options.bytes} bytes, float32, {options.threads} threads")
+    print(f"{parameters:,} parameters, documents of {options.lengths} bytes, float32, {options.threads} threads")
     print(f"mean patch length {tokens / sum(map(len, patches)):.2f}; largest difference of losses {gap:.1e}")
     for name, value in speed.items():
         print(f"{name:>12}: {value:>10,.0f} bytes/s  ({tokens / value * 1e3:,.0f} ms a step)")
@@ -123,8 +138,7 @@ def main() -> None:
                 "ratio": round(speed["ours"] / speed["transformers"], 2),
                 "unit": "bytes/s",
                 "parameters": parameters,
-                "rows": options.rows,
-                "bytes_per_row": options.bytes,
+                "lengths": lengths,
                 "threads": options.threads,
                 "torch": torch.__version__,
                 "loss_gap": gap,
