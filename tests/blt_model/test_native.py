@@ -1,6 +1,8 @@
 """The native model directory."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from blt_model import (
     save_model,
     to_json,
 )
+from blt_model.weights.native import build_model
 
 
 def blt(seed: int = 0) -> BLT:
@@ -153,3 +156,23 @@ def test_bad_weight_files_are_named(tmp_path: Path, cut: int | None) -> None:
         path.write_bytes(data[:cut])
     with pytest.raises(ModelError, match=r"model\.safetensors is (missing|damaged)"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["entropy-debug", "blt-debug"])
+def test_every_weight_is_filled(name: str) -> None:
+    # In this mode torch fills fresh memory with NaN, so a weight that nobody fills shows.
+    torch.use_deterministic_algorithms(True)
+    try:
+        built = build_model(preset(name))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(bool(parameter.isfinite().all()) for parameter in built.parameters())
+
+
+def test_loading_leaves_the_compiler_alone(tmp_path: Path) -> None:
+    save_model(build_model(preset("blt-debug")), tmp_path)
+    script = (
+        "import sys; from blt_model import load_model;"
+        f"load_model({str(tmp_path)!r}); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

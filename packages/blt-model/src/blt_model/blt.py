@@ -22,6 +22,7 @@ from blt_model.layers import Block, RMSNorm, SequenceLayout, document_positions,
 from blt_model.packed import PackedBatch
 from blt_model.segments import Segments, segment_max, segment_mean
 from blt_model.vocabulary import VOCABULARY_SIZE
+from blt_model.weightless import Embedding, Linear
 
 
 def _placed(placement: Placement, num_layers: int) -> list[int]:
@@ -38,11 +39,11 @@ class LocalEncoder(nn.Module):
         super().__init__()
         local, cross = config.encoder, config.cross_attention
         self.config = config
-        self.embedding = nn.Embedding(VOCABULARY_SIZE, local.dim)
+        self.embedding = Embedding(VOCABULARY_SIZE, local.dim)
         has_hashes = bool(config.hash_embedding.ngram_sizes)
         self.hash_embedding = HashEmbedding(config.hash_embedding, local.dim) if has_hashes else None
         self.blocks = nn.ModuleList(Block(local) for _ in range(local.num_layers))
-        self.patch_projection = nn.Linear(local.dim, config.patch_dim, bias=False)
+        self.patch_projection = Linear(local.dim, config.patch_dim)
         self.cross_attention = nn.ModuleDict(
             {
                 str(layer): PatchesReadBytes(cross, local.dim, local.norm_eps)
@@ -100,7 +101,7 @@ class LatentTransformer(nn.Module):
 
     def __init__(self, config: BLTConfig) -> None:
         super().__init__()
-        projection = nn.Linear(config.patch_dim, config.latent.dim, bias=False)
+        projection = Linear(config.patch_dim, config.latent.dim)
         self.projection = projection if config.projects_patches else None
         self.blocks = nn.ModuleList(Block(config.latent) for _ in range(config.latent.num_layers))
 
@@ -127,7 +128,7 @@ class LocalDecoder(nn.Module):
         super().__init__()
         local, cross = config.decoder, config.cross_attention
         self.vectors = cross.k
-        self.patch_projection = nn.Linear(config.latent.dim, config.patch_dim, bias=False)
+        self.patch_projection = Linear(config.latent.dim, config.patch_dim)
         self.blocks = nn.ModuleList(Block(local) for _ in range(local.num_layers))
         self.cross_attention = nn.ModuleDict(
             {
@@ -136,7 +137,7 @@ class LocalDecoder(nn.Module):
             }
         )
         self.norm = RMSNorm(local.dim, local.norm_eps)
-        self.head = nn.Linear(local.dim, VOCABULARY_SIZE, bias=False)
+        self.head = Linear(local.dim, VOCABULARY_SIZE)
 
     def forward(self, x: Tensor, latents: Tensor, layout: SequenceLayout, segments: Segments) -> Tensor:
         """Run the stack.

@@ -28,6 +28,7 @@ from blt_model.layers import (
 )
 from blt_model.packed import PackedBatch, segment_of
 from blt_model.vocabulary import VOCABULARY_SIZE
+from blt_model.weightless import Embedding, Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,10 @@ class ByteLM(nn.Module):
         trunk = config.transformer
         self.config = config
         self.attention_backend = attention_backend
-        self.embedding = nn.Embedding(VOCABULARY_SIZE, trunk.dim)
+        self.embedding = Embedding(VOCABULARY_SIZE, trunk.dim)
         self.blocks = nn.ModuleList(Block(trunk) for _ in range(trunk.num_layers))
         self.norm = RMSNorm(trunk.dim, trunk.norm_eps)
-        self.head = nn.Linear(trunk.dim, VOCABULARY_SIZE, bias=False)
+        self.head = Linear(trunk.dim, VOCABULARY_SIZE)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -16,6 +16,7 @@ from blt_model.config import CrossAttentionConfig
 from blt_model.initialization import initialize_linear
 from blt_model.layers import RMSNorm
 from blt_model.segments import Segments, bytes_read_patches, patches_read_bytes
+from blt_model.weightless import Linear
 
 
 class CrossAttention(nn.Module):
@@ -27,9 +28,9 @@ class CrossAttention(nn.Module):
         self.residual = 2 if config.double_residual else 1
         self.query_norm = RMSNorm(dim, eps)
         self.key_norm = RMSNorm(dim, eps)
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(dim, 2 * dim)
+        self.output = Linear(dim, dim)
 
     def reset_parameters(self, num_layers: int) -> None:
         """Fill the weights afresh.

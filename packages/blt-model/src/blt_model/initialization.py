@@ -17,10 +17,13 @@ from blt_model.layers import Block
 
 
 def truncated_normal(module: nn.Module, std: float) -> None:
-    """Fill a module's weight from a normal distribution cut at three standard deviations."""
+    """Fill a module's weight from a normal distribution cut at three standard deviations; a meta tensor stays as is."""
     weight = module.weight
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor")
+    if weight.is_meta:
+        # There is nothing to fill, and drawing "numbers" there makes torch load its compiler: seconds per command.
+        return
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blt_model.attention import AttentionBackend, AttentionPlan, attend, plan_attention, resolve_backend
 from blt_model.config import TransformerConfig
 from blt_model.packed import segment_of
+from blt_model.weightless import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +107,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
-        self.query_key_value = nn.Linear(config.dim, (self.num_heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.output = nn.Linear(self.num_heads * self.head_dim, config.dim, bias=False)
+        self.query_key_value = Linear(config.dim, (self.num_heads + 2 * self.kv_heads) * self.head_dim)
+        self.output = Linear(self.num_heads * self.head_dim, config.dim)
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, carry: tuple[Tensor, Tensor] | None = None
@@ -138,8 +139,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_value = nn.Linear(dim, 2 * hidden, bias=False)
-        self.output = nn.Linear(hidden, dim, bias=False)
+        self.gate_value = Linear(dim, 2 * hidden)
+        self.output = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, dim] to [T, dim]."""
