@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from tests.blt_patcher.shards import make_model
 
 from blt_data.errors import InputError
 from blt_data.framing import frame
 from blt_model import ByteLM, ByteLMConfig, ModelError, PackedBatch, preset
-from blt_model.weights import save_model
+from blt_model.weights import model_fingerprint, save_model
 from blt_model.weights.native import build_model
 from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model, score_documents
 
@@ -109,6 +110,13 @@ def test_models_of_another_architecture_are_refused(tmp_path: Path) -> None:
         load_entropy_model(tmp_path)
     with pytest.raises(ModelError, match="missing"):
         load_entropy_model(tmp_path / "nothing")
+
+
+def test_a_training_run_stands_for_its_latest_checkpoint(tmp_path: Path) -> None:
+    make_model(tmp_path / "checkpoints" / "step-00000001")
+    (tmp_path / "latest").symlink_to(Path("checkpoints") / "step-00000001")
+    fingerprints = {model_fingerprint(load_entropy_model(path)) for path in (tmp_path, tmp_path / "latest")}
+    assert len(fingerprints) == 1
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.blt_train.samples import byte_config, text_documents, write_patched
 
+import blt_train
 from blt_data import frame
 from blt_model import next_byte_entropy, pack_documents
 from blt_model.weights.native import model_fingerprint, save_model
@@ -152,8 +154,13 @@ def test_unwritable_run(workplace: Path) -> None:
     assert_refused(result, "file")
 
 
-def test_openmp_is_set_before_torch_is_loaded() -> None:
-    code = "import sys, blt_train; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split()
-    assert loaded.index("blt_train.environment") < loaded.index("torch")
+def test_openmp_is_set_and_help_answers_before_torch_is_loaded() -> None:
+    code = "import os, sys, blt_train.cli; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["10000", "False"]
+
+
+def test_public_names() -> None:
+    assert all(hasattr(blt_train, name) for name in blt_train.__all__)
+    assert not hasattr(blt_train, "nothing")

@@ -14,6 +14,7 @@ import click
 from blt_data import ShardDirectory, ShardKind
 from blt_data.console import format_bytes, friendly_errors, print_table, progress
 from blt_data.errors import InputError
+from blt_data.openmp import spin_less
 from blt_patcher.calibrate import DEFAULT_SAMPLE_BYTES, Calibration, EntropyBasedScheme, Sample, calibrate, take_sample
 from blt_patcher.precompute import PrecomputeResult, check_arguments, precompute
 from blt_patcher.scheme_options import SchemeOptions, resolve_scheme
@@ -64,7 +65,7 @@ _scheme_options = _options(
     click.option("--max-patch-length", type=int, metavar="M", help="Longest patch in tokens; longer ones are split."),
 )
 _scoring_options = _options(
-    click.option("--window-tokens", type=int, metavar="N", help="Tokens the entropy model sees at once  [16384]."),
+    click.option("--window-tokens", type=int, metavar="N", help="Tokens the entropy model sees at once."),
     click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N  [the GPU if there is one]."),
     click.option("--compile", "compile_model", is_flag=True, help="Compile the entropy model; pays off on a GPU."),
 )
@@ -83,7 +84,9 @@ _sample_option = click.option(
     epilog="Example: blt-patch calibrate data/bytes --entropy-model runs/entropy/latest --target-patch-length 4.5",
 )
 @click.argument("byte_shards", metavar="BYTES", type=click.Path(path_type=Path))
-@click.option("--entropy-model", required=True, type=click.Path(path_type=Path), metavar="M", help="A model directory.")
+@click.option(
+    "--entropy-model", required=True, type=click.Path(path_type=Path), metavar="M", help="A model or run directory."
+)
 @click.option("--target-patch-length", required=True, type=float, metavar="L", help="Wanted tokens per patch.")
 @click.option(
     "--scheme",
@@ -150,7 +153,7 @@ def calibrate_command(
 )
 @click.argument("byte_shards", metavar="BYTES", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write.")
-@click.option("--entropy-model", type=click.Path(path_type=Path), metavar="M", help="A model directory.")
+@click.option("--entropy-model", type=click.Path(path_type=Path), metavar="M", help="Model or run.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How to patch  [entropy, if it has a threshold].")
 @click.option("--target-patch-length", type=float, metavar="L", help="Find the threshold for L tokens per patch first.")
 @click.option("--patch-length", type=int, metavar="K", help="Tokens per patch of scheme static.")
@@ -249,15 +252,16 @@ def _make_scorer(path: Path, window_tokens: int | None, device: str | None, comp
     """Load the entropy model; torch is imported here, once there is something to do with it."""
     if not path.is_dir():
         raise InputError(f"{path}: no such model directory; name one that blt-train wrote, such as RUN/latest")
+    spin_less()
     try:
-        from blt_patcher.entropies import DEFAULT_WINDOW_TOKENS, EntropyScorer, choose_device, load_entropy_model
+        from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model
     except ModuleNotFoundError as error:
         raise InputError(f"entropies need {error.name}; pip install 'blt-patcher[entropy]'") from error
     where = choose_device(device)
     return EntropyScorer(
         load_entropy_model(path, device=where),
         device=where,
-        window_tokens=DEFAULT_WINDOW_TOKENS if window_tokens is None else window_tokens,
+        window_tokens=window_tokens,
         compile=compile_model,
     )
 

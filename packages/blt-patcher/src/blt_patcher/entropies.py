@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -33,8 +34,9 @@ from blt_patcher.windows import Window, cut_windows, framed_offsets
 
 log = logging.getLogger(__name__)
 
-#: Tokens in a window unless told: keeps a GPU busy with a 100M model and costs a CPU little memory.
-DEFAULT_WINDOW_TOKENS: Final = 16_384
+#: Tokens in a window unless told: enough to keep a GPU busy with a 100M model, few enough for a CPU's caches.
+GPU_WINDOW_TOKENS: Final = 16_384
+CPU_WINDOW_TOKENS: Final = 4_096
 
 #: Windows whose results may still be on their way from the GPU.
 _WINDOWS_IN_FLIGHT: Final = 2
@@ -44,14 +46,15 @@ def load_entropy_model(path: str | os.PathLike[str], *, device: str | torch.devi
     """Load the byte-level language model whose entropies decide on boundaries.
 
     Args:
-        path: a model directory (config.json and model.safetensors), such as a training run's `latest`.
+        path: a model directory (config.json and model.safetensors), or a training run, whose `latest` is taken.
         device: where its weights go.
 
     Raises:
         InputError: the directory holds a model of another architecture.
         ModelError: it is missing or damaged.
     """
-    model = load_model(path, device=device)
+    latest = Path(path) / "latest"
+    model = load_model(latest if latest.is_dir() else path, device=device)
     if not isinstance(model, ByteLM):
         raise InputError(
             f"{os.fspath(path)}: is a {to_json(model.config)['architecture']} model, and entropies need a byte-lm; "
@@ -97,7 +100,7 @@ class EntropyScorer:
         model: ByteLM,
         *,
         device: str | torch.device = "cpu",
-        window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        window_tokens: int | None = None,
         compile: bool = False,
     ) -> None:
         """Move a model to a device.
@@ -105,15 +108,17 @@ class EntropyScorer:
         Args:
             model: the entropy model; it is put in evaluation mode.
             device: `cpu`, or one GPU.
-            window_tokens: tokens that the model sees at once.
+            window_tokens: tokens that the model sees at once; None takes what suits the device.
             compile: compile the model with torch.compile; worth it on a GPU and for much data.
 
         Raises:
             InputError: `window_tokens` is less than 1.
         """
+        self.device = torch.device(device)
+        if window_tokens is None:
+            window_tokens = GPU_WINDOW_TOKENS if self.device.type == "cuda" else CPU_WINDOW_TOKENS
         if window_tokens < 1:
             raise InputError(f"window_tokens is {window_tokens}; a window holds at least 1 token")
-        self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.window_tokens = window_tokens
         self._compiled = compile
@@ -235,7 +240,7 @@ def score_documents(
     content_offsets: npt.NDArray[np.int64],
     *,
     device: str | torch.device = "cpu",
-    window_tokens: int = DEFAULT_WINDOW_TOKENS,
+    window_tokens: int | None = None,
     compile: bool = False,
 ) -> npt.NDArray[np.float16]:
     """Return the entropies of some documents: `EntropyScorer` for a single use, same arguments and errors.

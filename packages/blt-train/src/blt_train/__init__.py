@@ -1,25 +1,33 @@
-"""Training, evaluation and generation for the Byte Latent Transformer."""
+"""Training, evaluation and generation for the Byte Latent Transformer.
 
-import blt_train.environment  # noqa: F401  # settings that torch reads when it is loaded, so it comes first
+The names below are imported on first use: torch takes seconds to load, which `blt-train --help` need not wait for.
+"""
 
-# isort: split
-from blt_train.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Precision,
-    ScheduleConfig,
-    TrainConfig,
-)
-from blt_train.config_parsing import config_from_mapping, load_config, packaged_configs
-from blt_train.errors import CheckpointError, ConfigError, TrainingError
-from blt_train.evaluation import Evaluation, evaluate
-from blt_train.generation import generate
-from blt_train.metrics import EvaluationMetrics, StepMetrics, read_metrics
-from blt_train.trainer import TrainResult, train
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from blt_data.openmp import spin_less
+
+if TYPE_CHECKING:
+    from blt_train.config import (
+        BatchConfig,
+        CheckpointConfig,
+        DataConfig,
+        EvaluationConfig,
+        ModelConfig,
+        OptimizerConfig,
+        Precision,
+        ScheduleConfig,
+        TrainConfig,
+    )
+    from blt_train.config_parsing import config_from_mapping, load_config, packaged_configs
+    from blt_train.errors import CheckpointError, ConfigError, TrainingError
+    from blt_train.evaluation import Evaluation, evaluate
+    from blt_train.generation import generate
+    from blt_train.metrics import EvaluationMetrics, StepMetrics, read_metrics
+    from blt_train.trainer import TrainResult, train
 
 __all__ = [
     "BatchConfig",
@@ -46,3 +54,34 @@ __all__ = [
     "read_metrics",
     "train",
 ]
+
+_HOMES = {
+    "config": (
+        "BatchConfig",
+        "CheckpointConfig",
+        "DataConfig",
+        "EvaluationConfig",
+        "ModelConfig",
+        "OptimizerConfig",
+        "Precision",
+        "ScheduleConfig",
+        "TrainConfig",
+    ),
+    "config_parsing": ("config_from_mapping", "load_config", "packaged_configs"),
+    "errors": ("CheckpointError", "ConfigError", "TrainingError"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "generation": ("generate",),
+    "metrics": ("EvaluationMetrics", "StepMetrics", "read_metrics"),
+    "trainer": ("TrainResult", "train"),
+}
+
+spin_less()  # torch reads this when it is loaded, which every way into this package does later
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,22 +1,26 @@
-"""The `blt-train` command."""
+"""The `blt-train` command.
+
+What needs torch is imported by the command that needs it, so that `--help` and a misspelt option answer at once.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from blt_data.console import ProgressBar, format_bytes, friendly_errors, print_table, progress
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
-from blt_train.evaluation import evaluate
-from blt_train.generation import decode_stream, generate
-from blt_train.launch import EXIT_SIGTERM, check_processes, is_rank, launch_processes, run_as_rank, torchrun_command
+from blt_train.errors import EXIT_SIGTERM
 from blt_train.metrics import Metrics, StepMetrics
 from blt_train.quickstart.command import quickstart_command
-from blt_train.trainer import TrainResult, train
+
+if TYPE_CHECKING:
+    from blt_train.trainer import TrainResult
 
 
 @click.group()
@@ -24,7 +28,7 @@ def main() -> None:
     """Train, evaluate and run Byte Latent Transformers and their entropy models."""
 
 
-@main.command("launch")
+@main.command("launch", epilog="Example: blt-train launch quickstart-entropy run=runs/mine schedule.total_steps=500")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nproc-per-node", "processes", default=1, show_default=True, help="Processes, one per device.")
@@ -36,6 +40,8 @@ def launch_command(config: str, overrides: tuple[str, ...], processes: int, resu
     Config fields are set by KEY=VALUE with dotted keys, such as `data.train=DIR schedule.total_steps=500`. A second
     launch goes on from the latest checkpoint of the run directory.
     """
+    from blt_train.launch import check_processes, is_rank, launch_processes, run_as_rank, torchrun_command
+
     if is_rank():
         run_as_rank(lambda: _train(load_config(config, overrides), resume))
         return
@@ -51,6 +57,9 @@ def launch_command(config: str, overrides: tuple[str, ...], processes: int, resu
 
 def _train(config: TrainConfig, resume: bool) -> None:
     """Train in this process, showing progress, and print the summary on the first rank."""
+    from blt_train.launch import is_rank
+    from blt_train.trainer import train
+
     rank_is_shown = not is_rank() or _is_first_rank()
     if not rank_is_shown:
         result = train(config, resume=resume)
@@ -105,7 +114,7 @@ def _print_summary(result: TrainResult) -> None:
     print_table("Training" if result.is_finished else "Training, stopped", rows)
 
 
-@main.command("evaluate")
+@main.command("evaluate", epilog="Example: blt-train evaluate --checkpoint runs/blt --data data/patches/holdout")
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Run or model directory.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Shard directory of held-out documents.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Evaluate the first documents up to this many bytes.")
@@ -117,6 +126,8 @@ def evaluate_command(
     checkpoint: Path, data: Path, max_bytes: int | None, sequence_tokens: int | None, precision: str, device: str
 ) -> None:
     """Print bits per byte of a model on held-out documents."""
+    from blt_train.evaluation import evaluate
+
     with progress("evaluating", unit="B") as bar:
         result = evaluate(
             checkpoint,
@@ -139,7 +150,7 @@ def evaluate_command(
     )
 
 
-@main.command("generate")
+@main.command("generate", epilog="Example: blt-train generate --checkpoint runs/blt --prompt 'The meaning of'")
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Run directory or checkpoint.")
 @click.option("--prompt", required=True, help="Text to continue; may be empty.")
 @click.option("--max-new-bytes", type=click.IntRange(min=0), default=200, show_default=True)
@@ -162,6 +173,8 @@ def generate_command(
     output: Path | None,
 ) -> None:
     """Continue a prompt, on standard output as it comes."""
+    from blt_train.generation import decode_stream, generate
+
     start = prompt.encode("utf-8", errors="surrogateescape")
     values = generate(
         checkpoint,

@@ -15,3 +15,7 @@ class CheckpointError(InputError):
 
 class TrainingError(InputError):
     """Training cannot go on: the loss is no longer finite, or a process of the job failed."""
+
+
+#: Exit status of a job that SIGTERM ended, as shells count it.
+EXIT_SIGTERM = 143

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from blt_train.config import TrainConfig
-from blt_train.errors import ConfigError, TrainingError
+from blt_train.errors import EXIT_SIGTERM, ConfigError, TrainingError
 from blt_train.inputs import check_launch
 from blt_train.runtime import choose_device
 
@@ -31,8 +31,6 @@ from blt_train.runtime import choose_device
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 #: Set for processes whose launcher tells their errors.
 _QUIET = "BLT_TRAIN_LAUNCHED"
-#: Exit status of a job that SIGTERM ended, as shells count it.
-EXIT_SIGTERM = 143
 
 
 def is_rank() -> bool:

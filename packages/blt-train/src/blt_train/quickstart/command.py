@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from blt_data.console import friendly_errors
-from blt_train.quickstart.pipeline import QuickstartOptions, run_quickstart
 
 
 @click.command(
@@ -52,6 +51,8 @@ def quickstart_command(
     BLT, measures bits per byte on held-out documents, generates text and writes report.html. Run again, it goes on
     where it was.
     """
+    from blt_train.quickstart.pipeline import QuickstartOptions, run_quickstart
+
     run_quickstart(
         QuickstartOptions(
             output=output,

@@ -15,7 +15,6 @@ from blt_train.quickstart.results import collect_figures, page_content, threshol
 from blt_train.quickstart.stages import Stage, StageClock, run_stages, warmup_steps
 from blt_train.report import write_report
 
-
 #: Bytes on which the threshold is found: enough for the mean patch length to hold within a few percent.
 CALIBRATION_BYTES = 400_000
 
