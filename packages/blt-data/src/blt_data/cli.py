@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import errno
-import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from blt_data.console import EXIT_BAD_INPUT, ProgressBar, format_bytes, friendly_errors, print_table, progress
+from blt_data.console import EXIT_BAD_INPUT, ByteSize, ProgressBar, format_bytes, friendly_errors, print_table, progress
 from blt_data.errors import InputError
 from blt_data.ingest import DEFAULT_SHARD_BYTES, PrepareConfig, PrepareResult, PrepareStart, prepare
 from blt_data.inspection import shard_directories, show_directory
 from blt_data.shards import read_manifest, verify_directory
-
-_UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
-}
-
-
-class ByteSize(click.ParamType[int]):
-    """A number of bytes, such as 20000000, 20MB (decimal) or 16MiB (binary)."""
-
-    name = "bytes"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(value).lower())
-        if match is None or match[2] not in _UNITS:
-            self.fail(f"{value!r} is no number of bytes; write 20000000, 20MB or 16MiB", param, ctx)
-        size = int(float(match[1]) * _UNITS[match[2]])
-        if size < 1:
-            self.fail("must be at least one byte", param, ctx)
-        return size
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,6 +173,31 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return str(value)
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes, such as 20000000, 20MB (decimal) or 16MiB (binary)."""
+
+    name = "bytes"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(value).lower())
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is no number of bytes; write 20000000, 20MB or 16MiB", param, ctx)
+        size = int(float(match[1]) * _UNITS[match[2]])
+        if size < 1:
+            self.fail("must be at least one byte", param, ctx)
+        return size
 
 
 def format_bytes(amount: float) -> str:

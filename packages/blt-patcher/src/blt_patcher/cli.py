@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from blt_data import ShardDirectory, ShardKind
-from blt_data.console import format_bytes, friendly_errors, print_table, progress
+from blt_data.console import ByteSize, format_bytes, friendly_errors, print_table, progress
 from blt_data.errors import InputError
 from blt_data.openmp import spin_less
 from blt_patcher.calibrate import DEFAULT_SAMPLE_BYTES, Calibration, EntropyBasedScheme, Sample, calibrate, take_sample
@@ -71,10 +71,10 @@ _scoring_options = _options(
 )
 _sample_option = click.option(
     "--sample-bytes",
-    type=int,
+    type=ByteSize(),
     default=DEFAULT_SAMPLE_BYTES,
     show_default=True,
-    metavar="N",
+    metavar="SIZE",
     help="Bytes to calibrate on: evenly spaced documents.",
 )
 

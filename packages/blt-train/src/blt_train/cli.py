@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blt_data.console import ProgressBar, format_bytes, friendly_errors, print_table, progress
+from blt_data.console import ByteSize, ProgressBar, format_bytes, friendly_errors, print_table, progress
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.errors import EXIT_SIGTERM
@@ -117,7 +117,7 @@ def _print_summary(result: TrainResult) -> None:
 @main.command("evaluate", epilog="Example: blt-train evaluate --checkpoint runs/blt --data data/patches/holdout")
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Run or model directory.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Shard directory of held-out documents.")
-@click.option("--max-bytes", type=click.IntRange(min=1), help="Evaluate the first documents up to this many bytes.")
+@click.option("--max-bytes", type=ByteSize(), help="Evaluate the first documents up to this many bytes.")
 @click.option("--sequence-tokens", type=click.IntRange(min=2), help="Cut longer documents; as in training by default.")
 @click.option("--precision", type=click.Choice([str(item) for item in Precision]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

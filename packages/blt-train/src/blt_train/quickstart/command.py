@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from blt_data.console import friendly_errors
+from blt_data.console import ByteSize, friendly_errors
 
 
 @click.command(
@@ -26,7 +26,9 @@ from blt_data.console import friendly_errors
     show_default=True,
     help="Corpus: a Parquet, JSON lines or text file, a directory, a glob, or this Python's own standard library.",
 )
-@click.option("--limit-bytes", default=3_000_000, show_default=True, help="Corpus size at most.")
+@click.option(
+    "--limit-bytes", type=ByteSize(), default="3MB", show_default=True, help="Corpus size at most, such as 20MB."
+)
 @click.option("--target-patch-length", default=4.5, show_default=True, help="Mean patch length to calibrate for.")
 @click.option("--entropy-steps", default=300, show_default=True, help="Training steps of the entropy LM.")
 @click.option("--blt-steps", default=400, show_default=True, help="Training steps of the BLT.")
