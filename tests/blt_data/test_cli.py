@@ -47,6 +47,15 @@ def parquet_with_damaged_page(folder: Path) -> None:
     (folder / "bad.parquet").write_bytes(data)
 
 
+def parquet_with_page_that_fails_its_checksum(folder: Path) -> None:
+    # Uncompressed text: nothing but the checksum tells that a letter is another.
+    table = pa.table({"text": ["a letter"]})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, folder / "bad.parquet", write_page_checksum=True, **options)
+    data = (folder / "bad.parquet").read_bytes()
+    (folder / "bad.parquet").write_bytes(data.replace(b"a letter", b"a lether", 1))
+
+
 def parquet_without_text_column(folder: Path) -> None:
     pq.write_table(pa.table({"body": ["b"], "url": ["u"]}), folder / "bad.parquet")
 
@@ -84,6 +93,13 @@ def truncated(name: str) -> Callable[[Path], None]:
     return write
 
 
+def no_bytes(name: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).touch()
+
+    return write
+
+
 def empty_directory(folder: Path) -> None:
     (folder / "notes.docx").write_bytes(b"")
 
@@ -110,6 +126,11 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], str]] = [
     (line("bad.txt", b"one\ntwo \xe9\n"), r"bad\.txt: line 2 is no UTF-8 \(byte 9 of the file\); convert .* iconv"),
     (truncated("bad.jsonl.gz"), r"bad\.jsonl\.gz: is a damaged or truncated gzip file"),
     (truncated("bad.jsonl.zst"), r"bad\.jsonl\.zst: is a damaged or truncated zstd file"),
+    (line("bad.jsonl", GOOD + b'{"text": 1,}'), r"bad\.jsonl: line 3 is no JSON \(.* at character 12\)"),
+    (line("bad.jsonl", GOOD + b'{"text": ' + b"9" * 5000 + b"}"), r"bad\.jsonl: line 3 is no JSON \(Exceeds the limit"),
+    (parquet_with_page_that_fails_its_checksum, r"bad\.parquet: is a damaged or truncated Parquet file"),
+    (no_bytes("bad.jsonl.gz"), r"bad\.jsonl\.gz: is a damaged or truncated gzip file \(it is empty\)"),
+    (no_bytes("bad.txt.zst"), r"bad\.txt\.zst: is a damaged or truncated zstd file \(it is empty\)"),
     (empty_directory, r"in: holds 1 files, none of them Parquet .* or text"),
 ]
 
@@ -152,10 +173,11 @@ def test_bad_source_in_a_real_process_with_workers(tmp_path: Path, index: int) -
         ("absent", "absent: no such file or directory; name one, or a quoted glob, or python-stdlib"),
         ("*.parquet", "no file matches this glob"),
         ("/dev/null", "is no regular file"),
+        ("", "the source is an empty text; name a file"),
     ],
 )
 def test_missing_source(tmp_path: Path, source: str, message: str) -> None:
-    path = source if source.startswith("/") else tmp_path / source
+    path = tmp_path / source if source else ""
     result = blt_data("prepare", "--source", path, "--output", tmp_path / "out")
     check_refusal(result, result.returncode, message, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -278,6 +300,11 @@ def test_inspect_and_verify_patched_shards_with_bytes_that_are_no_text(tmp_path:
     assert "\\xff\\x00ok" in shown.stdout
     assert "mean patch" in shown.stdout
     assert "patched: 1 shards" in runner.invoke(main, ["verify", str(tmp_path)]).stdout
+    path = tmp_path / "shard-00000.arrow"
+    path.write_bytes(path.read_bytes().replace(b"\xff\x00ok", b"\xff\x00no"))
+    damaged = runner.invoke(main, ["inspect", str(tmp_path)])
+    assert damaged.exit_code == 1
+    assert "shard-00000.arrow: does not have the checksum" in damaged.stderr
 
 
 @given(data=st.binary())

@@ -192,6 +192,9 @@ def test_ids_missing_null_empty_integer_and_duplicate(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "id": [5, None]}), tmp_path / "a.parquet")
     run(tmp_path / "a.parquet", tmp_path / "parquet")
     assert [name for name, _ in read_documents(tmp_path / "parquet")] == ["5", "a.parquet#2"]
+    pq.write_table(pa.table({"text": ["a"], "id": pa.nulls(1)}), tmp_path / "b.parquet")
+    run(tmp_path / "b.parquet", tmp_path / "nulls")
+    assert [name for name, _ in read_documents(tmp_path / "nulls")] == ["b.parquet#1"]
 
 
 def test_other_columns(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -329,7 +330,9 @@ def test_swapped_and_surplus_shards_are_found(tmp_path: Path) -> None:
         ("{", "no JSON"),
         ("[]", "is no shard manifest"),
         ('{"format": "blt-shards", "version": 9}', "version 9"),
-        ('{"format": "blt-shards", "version": 1, "kind": "bytes"}', "damaged"),
+        ('{"format": "blt-shards", "version": 1, "kind": "bytes"}', r"damaged \(it has no 'shards'\)"),
+        ("[" * 100_000, "no JSON"),
+        ('{"documents": ' + "9" * 5000 + "}", "no JSON"),
     ],
 )
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -345,6 +348,86 @@ def test_manifest_changed_by_hand_is_refused(tmp_path: Path, key: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: 5}))
     with pytest.raises(InputError, match=f"its {key} does not agree"):
         ShardDirectory.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "../train/shard-00000.arrow"),
+        ("name", "/etc/passwd"),
+        ("name", ""),
+        ("name", ".."),
+        ("name", "a\0b"),
+        ("name", "\ud800"),
+        ("name", None),
+        ("documents", -1),
+        ("documents", 1.0),
+        ("documents", "1"),
+        ("documents", True),
+        ("documents", None),
+        ("bytes", -1),
+        ("file_bytes", 10**30),
+        ("patches", 1),
+        ("entropies", True),
+        ("entropies", "no"),
+        ("payload_sha256", None),
+        ("file_sha256", "abc"),
+    ],
+)
+def test_entries_that_no_shard_has_are_refused(tmp_path: Path, key: str, value: object) -> None:
+    write_directory(tmp_path / "d", [[b"a"], [b"b"]])
+    path = tmp_path / "d" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1][key] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"manifest\.json: is damaged \(the {key} of a shard cannot be "):
+        ShardDirectory.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("shards", {}, "its shards must be a list"),
+        ("shards", None, "its shards must be a list"),
+        ("provenance", [], "its provenance must be an object"),
+        ("skipped", [], "its skipped must be an object"),
+        ("skipped", {"why": "many"}, "its skipped must be counts"),
+        ("kind", [], "not a valid ShardKind"),
+    ],
+)
+def test_manifest_of_another_shape_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    write_directory(tmp_path / "d", [[b"a"]])
+    path = tmp_path / "d" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=rf"manifest\.json: is damaged \(.*{message}"):
+        ShardDirectory.open(tmp_path / "d")
+
+
+def test_manifest_that_names_a_shard_twice_is_refused(tmp_path: Path) -> None:
+    entry = write_bytes(tmp_path / "shard-00000.arrow")
+    write_manifest(tmp_path, Manifest(kind=ShardKind.BYTES, shards=(entry, entry)))
+    with pytest.raises(InputError, match="it names a shard twice"):
+        ShardDirectory.open(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"documents": 4}, {"bytes": 0}])
+def test_shard_with_other_figures_than_its_manifest_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    entry = dataclasses.replace(write_bytes(tmp_path / "shard-00000.arrow"), **changes)
+    write_manifest(tmp_path, Manifest(kind=ShardKind.BYTES, shards=(entry,)))
+    with pytest.raises(InputError, match=r"shard-00000\.arrow: is not the shard that manifest\.json names"):
+        ShardDirectory.open(tmp_path).shard(0)
+
+
+def test_verified_shard_sees_every_flipped_byte(tmp_path: Path) -> None:
+    write_directory(tmp_path / "d", [[b"some text"]])
+    directory = ShardDirectory.open(tmp_path / "d")
+    assert directory.verified_shard(0).content(0).tobytes() == b"some text"
+    path = tmp_path / "d" / "shard-00000.arrow"
+    data = path.read_bytes()
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(InputError, match=r"shard-00000\.arrow: does not have the checksum"):
+            directory.verified_shard(0)
 
 
 def test_full_disk_leaves_no_file(tmp_path: Path) -> None:

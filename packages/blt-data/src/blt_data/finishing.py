@@ -62,7 +62,7 @@ def finish(
         counts.update(record.skipped)
         for split, entries in record.splits.items():
             staged[split] += [(folder / entry.name, entry) for entry in entries]
-    _check_not_empty(staged)
+    _check_not_empty(staged, source_name)
     _remove_unfinished(output)
     manifests = {}
     for split, items in staged.items():
@@ -83,10 +83,10 @@ def finish(
     return manifests
 
 
-def _check_not_empty(staged: Mapping[str, Sequence[Staged]]) -> None:
+def _check_not_empty(staged: Mapping[str, Sequence[Staged]], source_name: str) -> None:
     documents = {split: sum(entry.documents for _, entry in items) for split, items in staged.items()}
     if not sum(documents.values()):
-        raise InputError("the source holds no documents; name one that does")
+        raise InputError(f"the source ({source_name}) holds no documents; name one that does")
     for split, count in documents.items():
         if not count:
             raise InputError(

@@ -58,7 +58,8 @@ def read_unit(
 def _read_parquet(unit: Unit, text_column: str, id_column: str, advance: Advance) -> Iterator[Record]:
     file, path = unit.file, unit.file.path
     try:
-        with pq.ParquetFile(path) as parquet:
+        # Few writers put checksums into pages; where there are some, damage does not get past them.
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             columns = [text_column, *([id_column] if id_column in parquet.schema_arrow.names else [])]
             groups = list(range(*unit.row_groups))
             num_rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
@@ -78,6 +79,8 @@ def _read_parquet(unit: Unit, text_column: str, id_column: str, advance: Advance
                 share = unit.weight * (row - unit.first_row) // max(1, num_rows)
                 advance(share - told)
                 told = share
+            if row - unit.first_row != num_rows:
+                raise pa.ArrowInvalid(f"{row - unit.first_row:,} rows where its footer says {num_rows:,}")
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, "Parquet file", error) from error
 
@@ -105,7 +108,7 @@ def _decode_value(value: pa.Scalar, file: SourceFile, row: int, name: str) -> No
 
 
 def _ids(column: pa.Array, file: SourceFile, name: str, first_row: int) -> list[str | None]:
-    if pa.types.is_integer(column.type):
+    if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
         column = column.cast(pa.string())
     elif not is_textual(column.type):
         raise InputError(
@@ -157,7 +160,11 @@ def _parse_leniently(line: bytes, file: SourceFile, row: int, keys: tuple[str, s
         raise InputError(
             f"{file.path}: line {row} is no UTF-8 (byte {error.start + 1} of the line); mend or remove the line"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        # Its own text counts lines within the line.
+        reason = f"{error.msg} at character {error.pos + 1}"
+        raise InputError(f"{file.path}: line {row} is no JSON ({reason}); mend or remove the line") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file.path}: line {row} is no JSON ({error}); mend or remove the line") from error
     for key in keys:
         value = record.get(key) if isinstance(record, dict) else None
@@ -213,6 +220,9 @@ def _chunks(file: SourceFile, advance: Advance) -> Iterator[bytes]:
                 yield chunk
                 advance(len(chunk))
             return
+        if not file.size:
+            # Even nothing, compressed, is some bytes; Arrow takes no bytes for nothing.
+            raise unreadable(file, f"{file.compression} file", pa.ArrowInvalid("it is empty"))
         told = 0
         try:
             # Arrow's stream, unlike Python's zstandard, knows a truncated file from a whole one.

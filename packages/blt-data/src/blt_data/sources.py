@@ -85,6 +85,9 @@ def resolve_source(source: str, *, leave_out: Path | None = None) -> Source:
         return Source(
             name=PYTHON_STDLIB, files=tuple(_source_file(path, root, Format.PYTHON, None) for path in sorted(paths))
         )
+    if not source:
+        # An unset variable of a shell must not turn into the working directory.
+        raise InputError(f"the source is an empty text; name a file, a directory, a quoted glob, or {PYTHON_STDLIB}")
     path = Path(source)
     if path.is_dir():
         return _directory_source(path, leave_out)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from blt_data import Shard, ShardDirectory
+from blt_data import ShardDirectory
 from blt_data.errors import InputError
 from blt_patcher.boundaries import count_patches, finite_float16
 from blt_patcher.schemes import EntropyCombinedScheme, EntropyMonotonicScheme, EntropyScheme, scheme_to_json
@@ -120,8 +120,8 @@ def take_sample(directory: ShardDirectory, sample_bytes: int = DEFAULT_SAMPLE_BY
     picks = np.array(_evenly_spaced(documents, wanted), dtype=np.int64)
     pieces: list[npt.NDArray[np.uint8]] = []
     taken = first = 0
-    for entry in entries:
-        shard = Shard.open(directory.path / entry.name, verify=True)
+    for index, entry in zip(chosen, entries, strict=True):
+        shard = directory.verified_shard(index)
         for row in picks[(picks >= first) & (picks < first + entry.documents)] - first:
             if taken < sample_bytes or not pieces:
                 pieces.append(np.array(shard.content(int(row))[: sample_bytes - taken]))

@@ -109,11 +109,11 @@ def precompute(
     target.mkdir(parents=True, exist_ok=True)
     entries: list[ShardEntry] = []
     resumed = 0
-    for wanted in source.manifest.shards:
+    for index, wanted in enumerate(source.manifest.shards):
         entry = entry_of_finished_shard(target / wanted.name)
         if entry is None:
             entry = patch_shard(
-                Shard.open(source.path / wanted.name, verify=True),
+                source.verified_shard(index),
                 target / wanted.name,
                 scheme=scheme,
                 scorer=scorer,

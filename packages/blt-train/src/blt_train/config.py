@@ -76,7 +76,7 @@ class DataConfig:
     """Documents per sequence at most; null derives twice the mean and some room from the manifest."""
 
     verify: bool = True
-    """Recompute every training shard's checksum before the first step (some seconds per GB)."""
+    """Recompute every shard's checksum before the first step (some seconds per GB)."""
 
     prefetch: int = 4
     """Micro batches that the loader's thread keeps ready ahead of the model."""

@@ -88,7 +88,7 @@ def evaluate(
     """
     directory = checkpoint_directory(checkpoint)
     model = load_model(directory, device=choose_device(device))
-    shards = open_shards(data, model.config)
+    shards = open_shards(data, model.config, verify=True)
     if (directory / TRAINER_NAME).exists():
         state = read_trainer_state(directory)
         trained = {key: state.data["provenance"].get(key) for key in ("scheme", "entropy_model")}

@@ -69,13 +69,20 @@ def needed_kind(architecture: ArchitectureConfig) -> ShardKind:
     return ShardKind.BYTES if isinstance(architecture, ByteLMConfig) else ShardKind.PATCHED
 
 
-def open_shards(path: str | os.PathLike[str], architecture: ArchitectureConfig) -> ShardDirectory:
+def open_shards(
+    path: str | os.PathLike[str], architecture: ArchitectureConfig, *, verify: bool = False
+) -> ShardDirectory:
     """Open a shard directory of the kind that a model needs.
+
+    Args:
+        path: the directory.
+        architecture: of the model.
+        verify: recompute every checksum first.
 
     Raises:
         InputError: it is missing or damaged, or of the wrong kind (from `blt_data`, naming directory and mend).
     """
-    return ShardDirectory.open(path, kind=needed_kind(architecture))
+    return ShardDirectory.open(path, kind=needed_kind(architecture), verify=verify)
 
 
 def check_launch(config: TrainConfig, world_size: int) -> ArchitectureConfig:
@@ -112,16 +119,15 @@ def open_inputs(config: TrainConfig, *, verify: bool) -> Inputs:
 
     Args:
         config: of the run.
-        verify: recompute the checksums of the training shards, if the config wants it.
+        verify: recompute the checksums of the shards, if the config wants it.
 
     Raises:
         ConfigError: parts do not fit each other.
         InputError: data is missing, damaged, or of the wrong kind.
     """
     architecture = architecture_of_config(config)
-    directory = ShardDirectory.open(
-        config.data.train, kind=needed_kind(architecture), verify=verify and config.data.verify
-    )
+    verify = verify and config.data.verify
+    directory = open_shards(config.data.train, architecture, verify=verify)
     documents = read_documents(directory)
     capacity = derive_capacity(
         documents,
@@ -130,8 +136,9 @@ def open_inputs(config: TrainConfig, *, verify: bool) -> Inputs:
         max_documents=config.data.sequence_documents,
         seed=config.seed,
     )
-    holdout_directory = open_shards(config.data.holdout, architecture) if config.data.holdout is not None else None
-    if holdout_directory is not None:
+    holdout_directory = None
+    if config.data.holdout is not None:
+        holdout_directory = open_shards(config.data.holdout, architecture, verify=verify)
         _check_same_patching(directory, holdout_directory)
     fingerprint = scoring_fingerprint(directory.manifest.provenance)
     entropy_model = _open_entropy_model(config, fingerprint, directory) if config.entropy_model is not None else None

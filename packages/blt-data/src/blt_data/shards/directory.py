@@ -68,18 +68,32 @@ class ShardDirectory:
         return len(self.manifest.shards)
 
     def shard(self, index: int) -> Shard:
-        """Return shard `index`, opened once.
+        """Return shard `index`, opened once and kept.
 
         Raises:
             InputError: the shard is damaged, or is not the one that the manifest names.
         """
         if index not in self._shards:
-            entry = self.manifest.shards[index]
-            shard = Shard.open(self.path / entry.name)
-            if shard.payload_sha256 != entry.payload_sha256 or shard.kind is not self.kind:
-                raise InputError(f"{shard.path}: is not the shard that {MANIFEST_NAME} names; {_MEND}")
-            self._shards[index] = shard
+            self._shards[index] = self._open(index)
         return self._shards[index]
+
+    def verified_shard(self, index: int) -> Shard:
+        """Return shard `index` after recomputing its checksums, which reads the whole file; it is not kept.
+
+        Raises:
+            InputError: the shard is damaged, or is not the one that the manifest names.
+        """
+        entry = self.manifest.shards[index]
+        if problem := _content_problem(self.path / entry.name, self.kind, entry):
+            raise InputError(f"{problem}; {_MEND}")
+        return self._open(index)
+
+    def _open(self, index: int) -> Shard:
+        entry = self.manifest.shards[index]
+        shard = Shard.open(self.path / entry.name)
+        if not _agrees(shard, self.kind, entry):
+            raise InputError(f"{shard.path}: is not the shard that {MANIFEST_NAME} names; {_MEND}")
+        return shard
 
     def documents(self) -> Iterator[tuple[int, int]]:
         """Yield (shard index, row) of every document in order."""
@@ -94,6 +108,8 @@ def _size_problem(directory: Path, entry: ShardEntry) -> str | None:
         size = file.stat().st_size
     except FileNotFoundError:
         return f"{file}: is missing, though {MANIFEST_NAME} names it"
+    if not file.is_file():
+        return f"{file}: is no file, though {MANIFEST_NAME} names it"
     if size != entry.file_bytes:
         return f"{file}: has {size:,} bytes, {MANIFEST_NAME} says {entry.file_bytes:,}"
     return None
@@ -134,14 +150,13 @@ def _content_problem(file: Path, kind: ShardKind, entry: ShardEntry) -> str | No
         shard = Shard.open(file, verify=True)
     except InputError as error:
         return str(error)
-    figures = (shard.kind, shard.num_documents, shard.num_bytes, shard.num_patches, shard.has_entropies)
-    if (*figures, shard.payload_sha256) != (
-        kind,
-        entry.documents,
-        entry.bytes,
-        entry.patches,
-        entry.entropies,
-        entry.payload_sha256,
-    ):
+    if not _agrees(shard, kind, entry):
         return f"{file}: has other figures than {MANIFEST_NAME} says"
     return None
+
+
+def _agrees(shard: Shard, kind: ShardKind, entry: ShardEntry) -> bool:
+    """Return whether a shard's own figures are those of the manifest."""
+    figures = (shard.kind, shard.num_documents, shard.num_bytes, shard.num_patches, shard.has_entropies)
+    stated = (kind, entry.documents, entry.bytes, entry.patches, entry.entropies)
+    return figures == stated and shard.payload_sha256 == entry.payload_sha256

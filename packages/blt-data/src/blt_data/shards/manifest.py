@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -93,7 +94,9 @@ class Manifest:
             InputError: the object is no manifest of this version, or its figures contradict each other.
         """
         if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
-            raise InputError("is no shard manifest")
+            raise InputError(
+                "is no shard manifest; name a directory that blt-data prepare or blt-patch precompute wrote"
+            )
         if data.get("version") != FORMAT_VERSION:
             raise InputError(
                 f"has format version {data.get('version')!r}, this program reads version {FORMAT_VERSION}; "
@@ -102,11 +105,15 @@ class Manifest:
         try:
             manifest = cls(
                 kind=ShardKind(data["kind"]),
-                shards=tuple(_entry_from_json(entry) for entry in data["shards"]),
-                provenance=dict(data["provenance"]),
-                skipped=dict(data["skipped"]),
+                shards=_entries_from_json(data["shards"], ShardKind(data["kind"])),
+                provenance=_object_from_json(data["provenance"], "provenance"),
+                skipped=_object_from_json(data["skipped"], "skipped"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            if not all(_is_count(count) for count in manifest.skipped.values()):
+                raise ValueError("its skipped must be counts")
+        except KeyError as error:
+            raise InputError(f"is damaged (it has no {error}); prepare the data again") from error
+        except ValueError as error:
             raise InputError(f"is damaged ({error}); prepare the data again") from error
         for key in ("fingerprint", "documents", "bytes", "patches"):
             if data.get(key) != manifest.to_json()[key]:
@@ -114,11 +121,58 @@ class Manifest:
         return manifest
 
 
-def _entry_from_json(data: object) -> ShardEntry:
+def _object_from_json(data: object, key: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"its {key} must be an object")
+    return data
+
+
+def _entries_from_json(data: object, kind: ShardKind) -> tuple[ShardEntry, ...]:
+    if not isinstance(data, list):
+        raise ValueError("its shards must be a list")
+    entries = tuple(_entry_from_json(entry, kind) for entry in data)
+    if len({entry.name for entry in entries}) != len(entries):
+        raise ValueError("it names a shard twice")
+    return entries
+
+
+def _entry_from_json(data: object, kind: ShardKind) -> ShardEntry:
     names = {item.name for item in fields(ShardEntry)}
     if not isinstance(data, dict) or set(data) != names:
         raise ValueError(f"a shard's entry must have exactly the keys {', '.join(sorted(names))}")
+    # Whatever follows counts, adds and opens files by these values.
+    rules = {
+        "name": _is_file_name,
+        "documents": _is_count,
+        "bytes": _is_count,
+        "patches": _is_count if kind is ShardKind.PATCHED else lambda value: value is None,
+        "entropies": lambda value: isinstance(value, bool) and (kind is ShardKind.PATCHED or not value),
+        "payload_sha256": _is_sha256,
+        "file_bytes": _is_count,
+        "file_sha256": _is_sha256,
+    }
+    for key, is_right in rules.items():
+        if not is_right(data[key]):
+            raise ValueError(f"the {key} of a shard cannot be {_brief(data[key])}")
     return ShardEntry(**cast("dict[str, Any]", data))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_file_name(value: object) -> bool:
+    """Return whether a value names a file in the directory itself: a shard never lies elsewhere."""
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,200}", value, re.ASCII) is not None
+
+
+def _brief(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -155,9 +209,11 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     except UnicodeDecodeError:
         raise InputError(f"{file}: is damaged (no UTF-8); prepare the data again") from None
     try:
-        return Manifest.from_json(json.loads(text))
-    except json.JSONDecodeError as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is damaged (no JSON: {error}); prepare the data again") from error
+    try:
+        return Manifest.from_json(data)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
