@@ -294,7 +294,7 @@ def from_json(document: Mapping[str, Any]) -> ModelConfig:
     """
     fields = dict(document)
     architecture = fields.pop("architecture", None)
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ModelError(f"architecture is {architecture!r}; choose one of {', '.join(_ARCHITECTURES)}.")
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:

@@ -121,13 +121,39 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: has format version {version}, this blt-train reads {FORMAT_VERSION}")
-        return TrainerState(**content)
+        state = TrainerState(**content)
+        _check_state(state)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is missing, so this is no training checkpoint") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged; resume from another checkpoint") from error
+    return state
+
+
+def _check_state(state: TrainerState) -> None:
+    """Check that what was read has the shape that every reader of it relies on.
+
+    Raises:
+        TypeError: it has not.
+        KeyError: a part is missing.
+    """
+    parts = (
+        (state.step, int),
+        (state.config, dict),
+        (state.config["data"], dict),
+        (state.config["data"]["sequence_tokens"], int),
+        (state.data, dict),
+        (state.data["fingerprint"], str),
+        (state.data["kind"], str),
+        (state.data["provenance"], dict),
+        (state.entropy_model, str | None),
+        (state.packages, dict),
+    )
+    # JSON's true is an int to Python.
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value, kind in parts) or state.step < 0:
+        raise TypeError("a part is of another type")
 
 
 class RunDirectory:

@@ -41,7 +41,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     text, name = _read(path)
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Besides what the parser refuses: whole numbers of thousands of digits, dates that are none, endless nesting.
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{name} must be a mapping of config keys, not {type(content).__name__}")
@@ -106,7 +107,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} must have the form key=value, such as schedule.total_steps=100")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     *sections, last = key.split(".")
     target = content

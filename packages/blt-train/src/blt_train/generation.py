@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import blt_model.generation
 from blt_model import ByteLM
 from blt_model.weights.native import load_model
-from blt_patcher import IncrementalPatcher, scheme_from_json
-from blt_train.checkpoint import TRAINER_NAME, checkpoint_directory, read_trainer_state
+from blt_patcher import IncrementalPatcher, PatchScheme, scheme_from_json
+from blt_train.checkpoint import TRAINER_NAME, TrainerState, checkpoint_directory, read_trainer_state
 from blt_train.errors import CheckpointError
 from blt_train.inputs import open_entropy_model
 from blt_train.resume import ENTROPY_MODEL_NAME
@@ -59,7 +60,7 @@ def generate(
                 "checkpoint within it"
             )
         state = read_trainer_state(directory)
-        patcher = IncrementalPatcher(scheme_from_json(state.data["provenance"]["scheme"]))
+        patcher = IncrementalPatcher(_scheme_of(directory, state))
         if state.entropy_model is not None or entropy_model is not None:
             copy = directory.parent.parent / ENTROPY_MODEL_NAME
             if entropy_model is None and not copy.exists():
@@ -76,6 +77,15 @@ def generate(
         top_k=top_k,
         seed=seed,
     )
+
+
+def _scheme_of(checkpoint: Path, state: TrainerState) -> PatchScheme:
+    """Return the patch scheme of the training data."""
+    scheme = state.data["provenance"].get("scheme")
+    try:
+        return scheme_from_json(scheme)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint / TRAINER_NAME}: names no patch scheme ({error})") from error
 
 
 def decode_stream(values: Iterable[int]) -> Iterator[str]:

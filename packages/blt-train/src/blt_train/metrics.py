@@ -12,6 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 from blt_train.errors import CheckpointError
@@ -115,8 +116,16 @@ def to_line(metrics: Metrics) -> str:
 
 
 def from_record(record: dict[str, Any]) -> Metrics:
-    """Return the metrics of one decoded JSON line."""
-    return EvaluationMetrics(**record) if "holdout_bpb" in record else StepMetrics(**record)
+    """Return the metrics of one decoded JSON line.
+
+    Raises:
+        TypeError: it holds other fields, or a value that is no number.
+    """
+    metrics = EvaluationMetrics(**record) if "holdout_bpb" in record else StepMetrics(**record)
+    for name, value in record.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, NoneType)):
+            raise TypeError(f"{name} is no number")
+    return metrics
 
 
 def read_metrics(run: str | os.PathLike[str]) -> tuple[tuple[StepMetrics, ...], tuple[EvaluationMetrics, ...]]:
@@ -150,7 +159,7 @@ def _read(path: Path) -> list[Metrics]:
     for number, line in enumerate(lines, start=1):
         try:
             result.append(from_record(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: line {number} is no metrics line; delete the line to go on") from error
     return result
 

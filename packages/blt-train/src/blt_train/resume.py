@@ -134,7 +134,7 @@ def load_for_resume(checkpoint: Path, device: torch.device) -> tuple[Model, int]
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is missing or damaged; resume from another checkpoint") from error
 
 

@@ -29,6 +29,7 @@ from blt_data.console import ByteSize, friendly_errors
 @click.option(
     "--limit-bytes", type=ByteSize(), default="3MB", show_default=True, help="Corpus size at most, such as 20MB."
 )
+@click.option("--holdout-fraction", default=0.05, show_default=True, help="Share of the documents to evaluate on.")
 @click.option("--target-patch-length", default=4.5, show_default=True, help="Mean patch length to calibrate for.")
 @click.option("--entropy-steps", default=300, show_default=True, help="Training steps of the entropy LM.")
 @click.option("--blt-steps", default=400, show_default=True, help="Training steps of the BLT.")
@@ -41,6 +42,7 @@ def quickstart_command(
     output: Path,
     source: str,
     limit_bytes: int,
+    holdout_fraction: float,
     target_patch_length: float,
     entropy_steps: int,
     blt_steps: int,
@@ -60,6 +62,7 @@ def quickstart_command(
             output=output,
             source=source,
             limit_bytes=limit_bytes,
+            holdout_fraction=holdout_fraction,
             target_patch_length=target_patch_length,
             entropy_steps=entropy_steps,
             blt_steps=blt_steps,

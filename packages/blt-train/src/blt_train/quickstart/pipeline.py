@@ -29,6 +29,8 @@ class QuickstartOptions:
     """What `blt-data prepare --source` takes."""
     limit_bytes: int
     """Corpus size at most, in bytes."""
+    holdout_fraction: float
+    """Share of the documents that is held out."""
     target_patch_length: float
     """Mean patch length to calibrate for, in framed tokens."""
     entropy_steps: int
@@ -91,7 +93,7 @@ def _stages_before_threshold(options: QuickstartOptions) -> list[Stage]:
         title="Prepare the corpus: documents to byte shards",
         arguments=(
             "blt-data", "prepare", "--source", options.source, "--output", str(root / "bytes"),
-            "--holdout-fraction", "0.05", "--limit-bytes", str(options.limit_bytes),
+            "--holdout-fraction", f"{options.holdout_fraction:g}", "--limit-bytes", str(options.limit_bytes),
         ),
     )  # fmt: skip
     entropy = Stage(
