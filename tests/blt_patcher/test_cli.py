@@ -115,10 +115,6 @@ BAD_INPUT = {
         ["precompute", "bytes", "--output", "out", "--scheme", "byte", "--max-patch-length", "0"],
         "max_patch_length of scheme byte is 0",
     ),
-    "empty sample": (
-        ["calibrate", "bytes", *E, "--target-patch-length", "4", "--sample-bytes", "0"],
-        "it needs at least 1",
-    ),
     "broken model": (
         ["precompute", "bytes", "--output", "out", "--entropy-model", "broken", "--threshold", "1"],
         "the entropy model gives nan",
