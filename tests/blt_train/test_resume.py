@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,9 @@ import pytest
 from tests.blt_train.samples import assert_same_run, blt_config, byte_config, command
 
 from blt_train import load_config, read_metrics, train
+from blt_train.checkpoint import read_trainer_state
+from blt_train.errors import CheckpointError
+from blt_train.metrics import EvaluationMetrics, MetricsWriter, to_line
 
 HELPER = Path(__file__).with_name("killed.py")
 
@@ -94,6 +100,101 @@ def test_sigterm_saves_then_stops(workplace: Path) -> None:
     assert_same_run(workplace / "stopped", workplace / "whole")
 
 
+@pytest.mark.parametrize("lost", ["missing", "directory", "file"])
+def test_checkpoints_survive_the_loss_of_latest(workplace: Path, lost: str) -> None:
+    """Copying a run may drop its link, or put a copy in its place: the checkpoints themselves must stay."""
+    overrides = ["schedule.total_steps=4", "checkpoint.every=2"]
+    before = train(byte_config(workplace, "run", *overrides))
+    latest = workplace / "run" / "latest"
+    kept = {path: path.stat().st_mtime_ns for path in (workplace / "run" / "checkpoints").rglob("*")}
+    latest.unlink()
+    if lost == "directory":
+        shutil.copytree(workplace / "run" / "checkpoints" / "step-00000004", latest)
+    elif lost == "file":
+        latest.touch()
+    if lost != "missing":
+        with pytest.raises(CheckpointError, match=r"latest: is no symbolic link.*delete it to go on"):
+            train(byte_config(workplace, "run", *overrides))
+    else:
+        assert train(byte_config(workplace, "run", *overrides)) == before
+    assert {path: path.stat().st_mtime_ns for path in (workplace / "run" / "checkpoints").rglob("*")} == kept
+
+
+def test_other_files_among_the_checkpoints_stay(workplace: Path) -> None:
+    train(byte_config(workplace, "run", "schedule.total_steps=4", "checkpoint.every=2"))
+    folder = workplace / "run" / "checkpoints"
+    shutil.copytree(folder / "step-00000002", folder / "step-best")
+    (folder / "step-notes.txt").write_text("my notes")
+    train(byte_config(workplace, "run", "schedule.total_steps=4", "checkpoint.every=1", "checkpoint.keep_last=1"))
+    (folder / "step-00000005").mkdir()
+    train(byte_config(workplace, "run", "schedule.total_steps=4"))
+    assert {path.name for path in folder.iterdir()} == {
+        "step-00000002",
+        "step-00000004",
+        "step-best",
+        "step-notes.txt",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "x"},
+        {"step": -1},
+        {"step": True},
+        {"config": None},
+        {"config": {}},
+        {"data": []},
+        {"data": {}},
+        {"data": {"fingerprint": 3, "kind": "bytes", "provenance": {}}},
+        {"entropy_model": 5},
+        {"packages": "x"},
+    ],
+)
+def test_trainer_state_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    state: dict[str, object] = {
+        "format_version": 1,
+        "step": 3,
+        "config": {"data": {"sequence_tokens": 16}},
+        "data": {"fingerprint": "f", "kind": "bytes", "provenance": {}},
+        "entropy_model": None,
+        "packages": {},
+    }
+    path = tmp_path / "trainer.json"
+    path.write_text(json.dumps(state))
+    assert read_trainer_state(tmp_path).step == 3
+    path.write_text(json.dumps(state | changes))
+    with pytest.raises(CheckpointError, match=r"trainer\.json: is damaged"):
+        read_trainer_state(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"trainer\.json: is damaged"):
+        read_trainer_state(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["x", "[]", "3", "{}", "[" * 100_000, '{"step": "x"}', '{"holdout_bpb": true}'])
+def test_line_that_is_no_metrics_is_named(tmp_path: Path, line: str) -> None:
+    good = EvaluationMetrics(
+        step=0, holdout_bpb=1.0, holdout_loss=1.0, holdout_bytes=1, holdout_documents=1, holdout_seconds=1.0
+    )
+    names = [field.name for field in dataclasses.fields(EvaluationMetrics)]
+    if line.startswith("{") and line != "{}":
+        line = json.dumps({name: getattr(good, name) for name in names} | json.loads(line))
+    (tmp_path / "metrics.jsonl").write_text(to_line(good) + line + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 2 is no metrics line"):
+        read_metrics(tmp_path)
+
+
 def test_config_of_the_run_resumes_it(workplace: Path) -> None:
     result = train(byte_config(workplace, "run", "schedule.total_steps=4"))
     assert train(load_config(workplace / "run" / "config.yaml")) == result
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk for tests")
+def test_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics = EvaluationMetrics(
+        step=0, holdout_bpb=1.0, holdout_loss=1.0, holdout_bytes=1, holdout_documents=1, holdout_seconds=1.0
+    )
+    with pytest.raises(OSError, match="No space left on device") as caught, MetricsWriter(tmp_path) as writer:
+        writer.write(metrics)
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import click
 
 from blt_data.console import EXIT_BAD_INPUT, ByteSize, ProgressBar, format_bytes, friendly_errors, print_table, progress
-from blt_data.errors import InputError
 from blt_data.ingest import DEFAULT_SHARD_BYTES, PrepareConfig, PrepareResult, PrepareStart, prepare
 from blt_data.inspection import shard_directories, show_directory
 from blt_data.shards import read_manifest, verify_directory
@@ -91,10 +89,7 @@ def prepare_command(
         workers=workers,
     )
     with _ProgressView(limit_bytes) as view:
-        try:
-            result = prepare(config, on_start=view.start, on_progress=view.advance)
-        except OSError as error:
-            raise _with_mend(error, output) from error
+        result = prepare(config, on_start=view.start, on_progress=view.advance)
     _print_result(result, view.seconds)
 
 
@@ -138,16 +133,6 @@ class _ProgressView(ExitStack):
         if self._bar is not None:
             note = f"{self._documents:,} documents, {self._content / 1e6 / max(self.seconds, 1e-9):,.1f} MB/s"
             self._bar.advance(source_bytes if self._limit is None else content_bytes, note)
-
-
-def _with_mend(error: OSError, output: Path) -> Exception:
-    """Return the system's error as a sentence that says what to do about it."""
-    where = error.filename or output
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return InputError(f"{where}: {error.strerror}; free some space and run the same command again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError(f"{where}: {error.strerror}; check its permissions or name another path")
-    return error
 
 
 def _print_result(result: PrepareResult, seconds: float) -> None:

@@ -6,6 +6,7 @@ error is no terminal, a progress bar becomes one line a minute.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -44,6 +45,12 @@ LINE_INTERVAL = 60.0
 
 #: Exit status for bad input, as opposed to 2, which click uses for a misspelt command line.
 EXIT_BAD_INPUT = 1
+
+
+#: What a user can do about the system's errors.
+_MENDS = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space and run the same command again"
+) | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions or name another path")
 
 
 class ProgressBar(Protocol):
@@ -218,17 +225,18 @@ def fail(message: str) -> NoReturn:
 def sentence_of(error: BaseException) -> str:
     """Return an exception's message as one line for a user."""
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        mend = _MENDS.get(error.errno or 0)
+        return f"{where}{error.strerror}{f'; {mend}' if mend else ''}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Wrap a command so that bad input ends it with one sentence and status 1, not a traceback.
 
-    Caught are `ValueError` (the packages' own input errors derive from it), `OSError`, Arrow's errors, and an
-    interrupt from the keyboard (status 130). `BLT_TRACEBACK=1` in the environment lets everything through, for those
-    who develop the packages.
+    Caught are `ValueError` (the packages' own input errors derive from it), `OSError`, `MemoryError`, Arrow's errors,
+    and an interrupt from the keyboard (status 130). `BLT_TRACEBACK=1` in the environment lets everything through, for
+    those who develop the packages.
     """
 
     @functools.wraps(command)
@@ -244,6 +252,8 @@ def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on", err=True)
             sys.exit(130)
+        except MemoryError as error:
+            fail(f"there is too little memory ({sentence_of(error)}); give smaller sizes or use a larger machine")
         except (ValueError, OSError, pa.ArrowException) as error:
             log.debug("command failed", exc_info=True)
             fail(sentence_of(error))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -186,19 +187,34 @@ class RunDirectory:
         """Return the latest checkpoint's directory, or None where there is none yet.
 
         Raises:
-            CheckpointError: `latest` points to nothing.
+            CheckpointError: `latest` points to nothing, or is no link.
         """
-        if not (self.path / LATEST_NAME).is_symlink():
-            return None
-        return checkpoint_directory(self.path)
+        link = self.path / LATEST_NAME
+        if not link.is_symlink() and link.exists():
+            raise CheckpointError(
+                f"{link}: is no symbolic link, perhaps because a copy followed it; delete it to go on from the newest "
+                f"checkpoint in {CHECKPOINTS_NAME}/"
+            )
+        return checkpoint_directory(self.path) if link.is_symlink() else None
+
+    def restore_latest(self) -> None:
+        """Point `latest` to the newest checkpoint where it is missing: lost in a copy, or not yet made when killed."""
+        finished = self._finished()
+        if finished and not os.path.lexists(self.path / LATEST_NAME):
+            point_link(self.path / LATEST_NAME, f"{CHECKPOINTS_NAME}/{finished[-1].name}")
 
     def clean(self) -> None:
         """Remove what a killed process left: unfinished checkpoints, and finished ones that `latest` never reached."""
         latest = self.latest()
-        for directory in (self.path / CHECKPOINTS_NAME).iterdir():
-            is_newer = directory.name.startswith("step-") and (latest is None or directory.name > latest.name)
-            if directory.name.startswith(_TEMPORARY_PREFIX) or is_newer:
-                shutil.rmtree(directory)
+        unfinished = (self.path / CHECKPOINTS_NAME).glob(f"{_TEMPORARY_PREFIX}step-*")
+        newer = [directory for directory in self._finished() if latest is None or directory.name > latest.name]
+        for directory in (*unfinished, *newer):
+            shutil.rmtree(directory)
+
+    def _finished(self) -> list[Path]:
+        """Return the checkpoints of this run, oldest first; directories that a user named otherwise are not ours."""
+        folder = self.path / CHECKPOINTS_NAME
+        return sorted(path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name))
 
     def save(self, model: Model, optimizer: torch.optim.Optimizer, state: TrainerState, keep_last: int) -> Path:
         """Write a checkpoint, make it durable, move `latest` to it, and remove the oldest.
@@ -223,7 +239,7 @@ class RunDirectory:
         (temporary / TRAINER_NAME).write_text(text, encoding="utf-8")
         publish_directory(temporary, folder / name)
         point_link(self.path / LATEST_NAME, f"{CHECKPOINTS_NAME}/{name}")
-        for old in sorted(folder.glob("step-*"))[:-keep_last]:
+        for old in self._finished()[:-keep_last]:
             shutil.rmtree(old)
         return folder / name
 

@@ -24,6 +24,10 @@ DEFAULT_SEQUENCE_TOKENS = 2048
 MIN_SEQUENCE_TOKENS = 2
 
 
+#: Torch crashes where it cannot start as many threads as it is told to.
+MAX_THREADS = 1024
+
+
 class Precision(StrEnum):
     """Arithmetic of the forward and backward pass; weights and optimizer state are always float32."""
 
@@ -269,4 +273,5 @@ class TrainConfig:
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         if self.threads is not None:
-            _require(self.threads >= 1, "threads", self.threads, "at least 1, or null")
+            rule = f"at least 1 and at most {MAX_THREADS}, or null"
+            _require(1 <= self.threads <= MAX_THREADS, "threads", self.threads, rule)

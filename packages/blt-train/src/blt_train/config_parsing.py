@@ -92,7 +92,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[str, str]:
     """Return a config's text and the name that errors use for it."""
     file = Path(path)
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(path)
+        try:
+            return file.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is no text in UTF-8 (byte {error.start + 1}); name a YAML file") from error
     packaged = packaged_configs()
     name = os.fspath(path)
     if name in packaged:

@@ -6,6 +6,7 @@ are those of an uninterrupted one but for times and speeds: lines beyond the che
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,7 +17,7 @@ from types import NoneType
 from typing import IO, Any
 
 from blt_train.errors import CheckpointError
-from blt_train.files import replace_text
+from blt_train.files import naming, replace_text
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -184,18 +185,22 @@ class MetricsWriter:
         Args:
             run: the run directory.
         """
-        self._file: IO[str] = (run / METRICS_NAME).open("a", encoding="utf-8")
+        self._path = run / METRICS_NAME
+        self._file: IO[str] = self._path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a failed write closing fails again; the first error is the one to tell.
+        with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+            self._file.close()
 
     def write(self, metrics: Metrics) -> None:
         """Append one line; readers see it at once."""
-        self._file.write(to_line(metrics))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(to_line(metrics))
+            self._file.flush()
 
     def sync(self) -> None:
         """Make all lines so far durable, as a checkpoint that vouches for them needs."""

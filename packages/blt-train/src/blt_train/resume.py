@@ -54,6 +54,7 @@ def prepare_run(run: RunDirectory, inputs: Inputs, *, resume: bool) -> None:
     Raises:
         CheckpointError: the run's checkpoint does not fit the inputs, or `resume` is False and there is one.
     """
+    run.restore_latest()
     latest = run.latest()
     step = -1
     if latest is not None:
