@@ -122,7 +122,7 @@ def test_a_training_run_stands_for_its_latest_checkpoint(tmp_path: Path) -> None
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("abacus", "cuda:99"):
+    for name in ("abacus", "cuda:99", "meta", "cpu:7"):
         with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
             choose_device(name)
 

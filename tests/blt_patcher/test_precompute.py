@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import time
@@ -190,6 +192,20 @@ def test_a_flipped_byte_in_the_input_is_found(source: ShardDirectory, tmp_path: 
     with pytest.raises(InputError, match=r"shard-00001.arrow: does not have the checksum"):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_two_processes_do_not_write_to_one_output(source: ShardDirectory, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    # A lock belongs to the open file, so another descriptor of this process stands for another process.
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="out: another process is writing to it; wait for its end"):
+        run(source, out)
+    assert not list(out.iterdir())
+    os.close(descriptor)
+    run(source, out)
+    assert (out / "manifest.json").exists()
 
 
 def test_a_directory_without_documents(tmp_path: Path) -> None:

@@ -77,6 +77,9 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            # Torch makes tensors there, but nothing can be computed or read from them.
+            raise RuntimeError(f"no arithmetic on {name}")
     except (RuntimeError, AssertionError) as error:
         # torch answers with an AssertionError where it was built without CUDA.
         raise InputError(f"device {name!r} cannot be used here; choose cpu, or leave --device out") from error

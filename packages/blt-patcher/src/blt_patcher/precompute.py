@@ -7,9 +7,11 @@ that finds a shard made from anything else refuses the directory rather than mix
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -97,7 +99,8 @@ def precompute(
         advance: called with the number of framed tokens done, as they get done.
 
     Raises:
-        InputError: the output holds something else, an input shard is damaged, or the model is broken.
+        InputError: the output holds something else or another process writes to it, an input shard is damaged, or the
+            model is broken.
         OSError: the output cannot be written.
     """
     check_arguments(scheme, scorer is not None, keep_entropies)
@@ -107,29 +110,51 @@ def precompute(
     )
     check_output(source, target, provenance)
     target.mkdir(parents=True, exist_ok=True)
-    entries: list[ShardEntry] = []
-    resumed = 0
-    for index, wanted in enumerate(source.manifest.shards):
-        entry = entry_of_finished_shard(target / wanted.name)
-        if entry is None:
-            entry = patch_shard(
-                source.verified_shard(index),
-                target / wanted.name,
-                scheme=scheme,
-                scorer=scorer,
-                keep_entropies=keep_entropies,
-                provenance=provenance,
-                advance=advance,
-            )
-        else:
-            log.info("%s is finished already", target / wanted.name)
-            resumed += 1
-            if advance is not None:
-                advance(wanted.bytes + 2 * wanted.documents)
-        entries.append(entry)
-    manifest = Manifest(kind=ShardKind.PATCHED, shards=tuple(entries), provenance=provenance)
-    write_manifest(target, manifest)
+    with _held(target):
+        entries: list[ShardEntry] = []
+        resumed = 0
+        for index, wanted in enumerate(source.manifest.shards):
+            entry = entry_of_finished_shard(target / wanted.name)
+            if entry is None:
+                entry = patch_shard(
+                    source.verified_shard(index),
+                    target / wanted.name,
+                    scheme=scheme,
+                    scorer=scorer,
+                    keep_entropies=keep_entropies,
+                    provenance=provenance,
+                    advance=advance,
+                )
+            else:
+                log.info("%s is finished already", target / wanted.name)
+                resumed += 1
+                if advance is not None:
+                    advance(wanted.bytes + 2 * wanted.documents)
+            entries.append(entry)
+        manifest = Manifest(kind=ShardKind.PATCHED, shards=tuple(entries), provenance=provenance)
+        write_manifest(target, manifest)
     return PrecomputeResult(manifest=manifest, resumed_shards=resumed)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold a directory for this process alone; a killed process holds nothing.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{directory}: another process is writing to it; wait for its end") from None
+    except OSError:
+        log.debug("%s lies on a file system that cannot lock directories", directory)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def patch_shard(
