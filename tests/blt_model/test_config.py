@@ -65,6 +65,7 @@ def test_released_entropy_model_has_its_own_rotary_base() -> None:
         ({"hash_embedding": {"ngram_sizes": [3, 3]}}, "different whole numbers"),
         ({"hash_embedding": {"num_functions": 12}}, "11 primes"),
         ({"architecture": "gpt"}, "choose one of byte-lm, blt"),
+        ({"architecture": ["blt"]}, "choose one of byte-lm, blt"),
         ({"format_version": 2}, "reads version 1"),
     ],
 )

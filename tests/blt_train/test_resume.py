@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.blt_train.samples import assert_same_run, blt_config, byte_config, command
 
-from blt_train import load_config, read_metrics, train
+from blt_train import generate, load_config, read_metrics, train
 from blt_train.checkpoint import read_trainer_state
 from blt_train.errors import CheckpointError
 from blt_train.metrics import EvaluationMetrics, MetricsWriter, to_line
@@ -198,3 +198,13 @@ def test_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left on device") as caught, MetricsWriter(tmp_path) as writer:
         writer.write(metrics)
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("scheme", [None, [], {"scheme": "nope"}])
+def test_checkpoint_without_a_patch_scheme_generates_nothing(workplace: Path, scheme: object) -> None:
+    checkpoint = train(blt_config(workplace, "run", "schedule.total_steps=1")).checkpoint
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    state["data"]["provenance"]["scheme"] = scheme
+    (checkpoint / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"trainer\.json: names no patch scheme"):
+        generate(workplace / "run", b"a")
