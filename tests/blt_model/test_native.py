@@ -133,6 +133,7 @@ def test_configuration_of_another_model_is_recognised(tmp_path: Path) -> None:
     [
         (None, "is missing; name the directory"),
         ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
         ("[]", "no JSON object"),
         ('{"architecture": "mamba"}', "config.json: architecture is 'mamba'"),
     ],

@@ -16,6 +16,7 @@ from blt_data.console import ByteSize, ProgressBar, format_bytes, friendly_error
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.errors import EXIT_SIGTERM
+from blt_train.files import naming
 from blt_train.metrics import Metrics, StepMetrics
 from blt_train.quickstart.command import quickstart_command
 
@@ -156,7 +157,7 @@ def evaluate_command(
 @click.option("--max-new-bytes", type=click.IntRange(min=0), default=200, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest byte.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw among the k likeliest bytes only.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
 @click.option("--entropy-model", type=click.Path(path_type=Path), help="Instead of the run's own copy.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Also write prompt and bytes, as is.")
@@ -198,7 +199,8 @@ def generate_command(
         sys.stdout.flush()
     click.echo()
     if output is not None:
-        output.write_bytes(bytes(kept))
+        with naming(output):
+            output.write_bytes(bytes(kept))
 
 
 main.add_command(quickstart_command)

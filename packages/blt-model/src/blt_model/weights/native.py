@@ -92,7 +92,7 @@ def _read_config(path: Path) -> ModelConfig:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; name the directory of a saved model.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ModelError(f"{path} is no JSON; save the model again.") from None
     if not isinstance(document, dict):
         raise ModelError(f"{path} holds no JSON object; save the model again.")
