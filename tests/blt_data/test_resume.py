@@ -27,7 +27,10 @@ def test_killed_at_every_third_step(tmp_path: Path) -> None:
     (source / "b.jsonl").write_bytes(json_lines(["d" * 500, "e", "f" * 90]))
     script = Path(__file__).with_name("killing.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(source), str(tmp_path), "3"], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore::DeprecationWarning", str(script), str(source), str(tmp_path), "3"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     # Fewer would mean that the hook no longer sees what prepare does.
