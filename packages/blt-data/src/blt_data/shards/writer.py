@@ -65,13 +65,7 @@ def write_shard(
     """
     target = Path(path)
     batch = _record_batch(kind, document_ids, contents, sources, patch_lengths, entropies)
-    offsets, _ = column_buffers(batch.column(CONTENT))
-    num_bytes = int(offsets[-1]) - int(offsets[0])
-    num_patches = None
-    if kind is ShardKind.PATCHED:
-        check_patches(batch)
-        patch_offsets, _ = column_buffers(batch.column(PATCH_LENGTHS))
-        num_patches = int(patch_offsets[-1]) - int(patch_offsets[0])
+    num_bytes, num_patches = _count(batch, kind)
     payload = payload_sha256(batch)
     metadata = {
         "blt.format": FORMAT_NAME,
@@ -86,10 +80,8 @@ def write_shard(
         metadata["blt.patches"] = str(num_patches)
     schema = shard_schema(kind, entropies=entropies is not None, metadata=metadata)
     options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression, use_threads=False)
-    with atomic_file(target) as file:
-        sink = pa.PythonFile(file, mode="w")
-        with pa.ipc.new_file(sink, schema, options=options) as writer:
-            writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+    with atomic_file(target) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema, options=options) as writer:
+        writer.write_batch(pa.record_batch(batch.columns, schema=schema))
     return ShardEntry(
         name=target.name,
         documents=batch.num_rows,
@@ -100,6 +92,17 @@ def write_shard(
         file_bytes=file.size,
         file_sha256=file.sha256,
     )
+
+
+def _count(batch: pa.RecordBatch, kind: ShardKind) -> tuple[int, int | None]:
+    """Return the content bytes and, in a patched shard, the patches, which are checked first."""
+    offsets, _ = column_buffers(batch.column(CONTENT))
+    num_bytes = int(offsets[-1]) - int(offsets[0])
+    if kind is ShardKind.BYTES:
+        return num_bytes, None
+    check_patches(batch)
+    offsets, _ = column_buffers(batch.column(PATCH_LENGTHS))
+    return num_bytes, int(offsets[-1]) - int(offsets[0])
 
 
 def _record_batch(
