@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,22 @@ def test_killed_again_and_again_it_ends_the_same(finished: tuple[Path, str], sou
     outcome = run(quickstart(source, output))
     assert outcome.returncode == 0, outcome.stderr
     assert contents(output) == contents(finished[0])
+
+
+def test_baselines_are_added_to_a_finished_run(finished: tuple[Path, str], source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output, symlinks=True)
+    outcome = run([*quickstart(source, output), "--baselines"])
+    assert outcome.returncode == 0, outcome.stderr
+    assert "static-patch baseline, held-out BPB" in outcome.stdout
+    assert "equal training operations" in outcome.stdout
+    kept = contents(finished[0])
+    assert {name: digest for name, digest in contents(output).items() if name in kept} == kept
+    # A byte-level step costs less than a BLT step, so equal operations pay for more of them.
+    assert len(read_metrics(output / "byte")[0]) > len(read_metrics(output / "static")[0]) >= STEPS - 1
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Byte-level baseline" in page
+    assert "BLT, static patches" in page
 
 
 def test_bad_options_get_one_sentence(tmp_path: Path) -> None:

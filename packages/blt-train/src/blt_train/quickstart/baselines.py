@@ -83,7 +83,7 @@ def baseline_figures(root: Path) -> dict[str, str]:
         root: the quickstart's directory, both baselines trained.
     """
     names = {STATIC: "static-patch baseline, held-out BPB", BYTE: "byte-level baseline, held-out BPB"}
-    figures = {}
+    figures = {"baselines": "equal training operations, the entropy LM not counted"}
     for run, name in names.items():
         steps, evaluations = read_metrics(root / run)
         figures[name] = f"{evaluations[-1].holdout_bpb:.3f} ({len(steps)} steps)"

@@ -56,20 +56,21 @@ def curve_of_run(run: Path, title: str) -> Curve:
 
 
 def draw_curves(curves: Sequence[Curve]) -> str:
-    """Draw curves side by side.
+    """Draw curves, two panels in a row.
 
     Args:
-        curves: one panel each.
+        curves: one panel each; at least one.
 
     Returns:
         An `<svg>` element, the same for the same curves.
     """
     with rc_context({"svg.hashsalt": "blt", "font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(5.2 * len(curves), 3.4), layout="constrained")
+        columns = min(len(curves), 2)
+        rows = -(-len(curves) // columns)
+        figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.subplots(1, len(curves), squeeze=False)[0]
-        for panel, curve in zip(axes, curves, strict=True):
-            _draw_panel(panel, curve)
+        for place, curve in enumerate(curves, start=1):
+            _draw_panel(figure.add_subplot(rows, columns, place), curve)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
