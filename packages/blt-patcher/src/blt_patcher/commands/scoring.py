@@ -1,0 +1,61 @@
+"""What the subcommands that score documents share: loading the entropy model, calibrating on a sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from blt_data.console import progress
+from blt_data.errors import InputError
+from blt_data.openmp import spin_less
+from blt_patcher.calibrate import Calibration, EntropyBasedScheme, Sample, calibrate
+from blt_patcher.schemes import PatchScheme
+
+if TYPE_CHECKING:
+    from blt_patcher.entropies import EntropyScorer
+
+#: Distance of the nearest mean from the target, as a share of it, that is worth a warning.
+_MISS: Final = 0.05
+
+
+def make_scorer(path: Path, window_tokens: int | None, device: str | None, compile_model: bool) -> EntropyScorer:
+    """Load the entropy model; torch is imported here, once there is something to do with it."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such model directory; name one that blt-train wrote, such as RUN/latest")
+    spin_less()
+    try:
+        from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model
+    except ModuleNotFoundError as error:
+        raise InputError(f"entropies need {error.name}; pip install 'blt-patcher[entropy]'") from error
+    where = choose_device(device)
+    return EntropyScorer(
+        load_entropy_model(path, device=where),
+        device=where,
+        window_tokens=window_tokens,
+        compile=compile_model,
+    )
+
+
+def score_and_calibrate(
+    scheme: PatchScheme, free: str, target: float, sample: Sample, scorer: EntropyScorer
+) -> Calibration:
+    """Score the sample and find the threshold, showing progress."""
+    if not isinstance(scheme, EntropyBasedScheme):
+        raise InputError(f"scheme {scheme.name} has no threshold to find; leave --target-patch-length out")
+    tokens = sample.content.size + 2 * (sample.content_offsets.size - 1)
+    with progress("scoring the sample", tokens, "B") as bar:
+        nats = scorer.score(sample.content, sample.content_offsets, name="the sample", advance=bar.advance)
+    return calibrate(scheme, free, target, sample.content, sample.content_offsets, nats)
+
+
+def warn_of_miss(found: Calibration) -> None:
+    """Say so on standard error if no threshold came near the target on the sample."""
+    drift = found.mean_patch_length / found.target_patch_length - 1
+    if abs(drift) > _MISS:
+        click.echo(
+            f"warning: the nearest mean patch length is {found.mean_patch_length:.4g}, {100 * drift:+.0f}% from the "
+            f"target of {found.target_patch_length:g}; a larger sample may come nearer",
+            err=True,
+        )
