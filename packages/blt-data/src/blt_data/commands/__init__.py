@@ -1,0 +1,1 @@
+"""The subcommands of `blt-data`, one module each."""
