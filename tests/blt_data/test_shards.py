@@ -34,6 +34,7 @@ from blt_data import (
     write_manifest,
     write_shard,
 )
+from blt_data.skips import SkipCount, Skips
 
 CONTENTS = [b"", b"a", "Ünïcødé 日本語 🐍\r\n\0".encode(), bytes(range(256)), b"x" * 70_000]
 
@@ -71,7 +72,8 @@ def write_patched(path: Path, contents: list[bytes], **changes: object) -> Shard
 def write_directory(path: Path, parts: list[list[bytes]]) -> Manifest:
     path.mkdir()
     entries = tuple(write_bytes(path / f"shard-{index:05d}.arrow", part) for index, part in enumerate(parts))
-    manifest = Manifest(kind=ShardKind.BYTES, shards=entries, provenance={"source": "test"}, skipped={"binary": 2})
+    skipped = Skips({"binary": SkipCount(count=2, bytes=30)})
+    manifest = Manifest(kind=ShardKind.BYTES, shards=entries, provenance={"source": "test"}, skipped=skipped)
     write_manifest(path, manifest)
     return manifest
 
@@ -392,6 +394,10 @@ def test_entries_that_no_shard_has_are_refused(tmp_path: Path, key: str, value: 
         ("provenance", [], "its provenance must be an object"),
         ("skipped", [], "its skipped must be an object"),
         ("skipped", {"why": "many"}, "its skipped must be counts"),
+        ("skipped", {"why": -1}, "its skipped must be counts"),
+        ("skipped", {"why": {"count": 1}}, "its skipped must be counts"),
+        ("skipped", {"why": {"count": 1, "bytes": 1.0}}, "its skipped must be counts"),
+        ("skipped", {"why": {"count": True, "bytes": 1}}, "its skipped must be counts"),
         ("kind", [], "not a valid ShardKind"),
     ],
 )

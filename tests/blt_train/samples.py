@@ -61,7 +61,7 @@ def write_documents(
                 provenance=provenance,
             )
         )
-    write_manifest(directory, Manifest(kind=kind, shards=tuple(entries), provenance=provenance, skipped={}))
+    write_manifest(directory, Manifest(kind=kind, shards=tuple(entries), provenance=provenance))
     return directory
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from blt_data.errors import InputError
 from blt_data.shards import JSON, MANIFEST_NAME, Manifest, Shard, ShardEntry, ShardKind, write_manifest
 from blt_data.shards.files import remove_temporaries
 from blt_data.shards.schema import CONTENT, DOCUMENT_ID
+from blt_data.skips import Skips
 from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory
 from blt_data.staging import MAX_DOCUMENTS, read_record, write_byte_shard
 
@@ -54,12 +54,15 @@ def finish(
         OSError: a shard cannot be written.
     """
     staged: dict[str, list[Staged]] = {split: [] for split in provenance}
-    counts = Counter(skipped)
+    counts = Skips()
+    for reason, count in skipped.items():
+        counts.add(reason, count=count, bytes=0)
     for folder in folders:
         record = read_record(folder)
         if record is None:
             raise RuntimeError(f"{folder}: the task ended without its record")
-        counts.update(record.skipped)
+        for reason, count in record.skipped.items():
+            counts.add(reason, count=count, bytes=0)
         for split, entries in record.splits.items():
             staged[split] += [(folder / entry.name, entry) for entry in entries]
     _check_not_empty(staged, source_name)
@@ -76,7 +79,7 @@ def finish(
             kind=ShardKind.BYTES,
             shards=placed,
             provenance=provenance[split],
-            skipped=dict(sorted(counts.items())),
+            skipped=counts,
         )
     for directory, manifest in manifests.items():
         write_manifest(directory, manifest)

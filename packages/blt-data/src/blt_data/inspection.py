@@ -49,7 +49,10 @@ def show_directory(path: Path, *, documents: int, preview_bytes: int) -> None:
     rows.append(_figures("total", manifest.documents, manifest.bytes, manifest.patches, file_bytes))
     print_table(f"{path} (kind: {manifest.kind})", rows, header)
     facts: dict[str, object] = {"fingerprint": manifest.fingerprint()}
-    facts |= {f"skipped: {reason}": count for reason, count in manifest.skipped.items()}
+    facts |= {
+        f"skipped: {reason}": f"{skip.count:,} ({format_bytes(skip.bytes)})"
+        for reason, skip in manifest.skipped.items()
+    }
     facts |= dict(_flat("", dict(manifest.provenance)))
     print_table("provenance", facts)
     for shard, row in _first_documents(directory, documents):

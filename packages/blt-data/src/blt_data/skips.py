@@ -51,7 +51,7 @@ class Skips(Mapping[str, SkipCount]):
         # A lock is not pickled.
         return type(self), (self._counts,)
 
-    def add(self, reason: str, *, count: int = 1, bytes: int) -> None:  # noqa: A002  # the word of the manifest
+    def add(self, reason: str, *, count: int = 1, bytes: int) -> None:
         """Count what was left out.
 
         Args:
@@ -113,7 +113,7 @@ class ErrorPolicy:
         self.on_error = on_error
         self.skips = Skips() if skips is None else skips
 
-    def bad(self, error: InputError, reason: str, bytes: int) -> None:  # noqa: A002  # the word of the manifest
+    def bad(self, error: InputError, reason: str, bytes: int) -> None:
         """Take note of bad input.
 
         Args:

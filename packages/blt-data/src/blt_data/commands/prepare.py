@@ -140,4 +140,8 @@ def _print_result(result: PrepareResult, seconds: float) -> None:
     print_table(title, rows, ("directory", "documents", "bytes", "shards"))
     skipped = next(iter(result.manifests.values())).skipped
     if skipped:
-        print_table("skipped", dict(skipped))
+        print_table(
+            "skipped",
+            [(reason, skip.count, format_bytes(skip.bytes)) for reason, skip in skipped.items()],
+            ("reason", "number", "bytes"),
+        )

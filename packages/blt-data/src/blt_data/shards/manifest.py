@@ -14,6 +14,7 @@ from typing import Any, Final, Self, cast
 from blt_data.errors import InputError
 from blt_data.shards.files import atomic_file, remove_temporaries
 from blt_data.shards.schema import FORMAT_VERSION, JSON, ShardKind, canonical_json
+from blt_data.skips import Skips
 
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_FORMAT: Final = "blt-shards"
@@ -46,8 +47,8 @@ class Manifest:
     kind: ShardKind
     shards: tuple[ShardEntry, ...]
     provenance: Mapping[str, JSON] = field(default_factory=dict)
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Reason to number of source documents or files left out for it."""
+    skipped: Skips = field(default_factory=Skips)
+    """Reason to number and bytes of source documents or files left out for it."""
 
     @property
     def documents(self) -> int:
@@ -81,7 +82,7 @@ class Manifest:
             "documents": self.documents,
             "bytes": self.bytes,
             "patches": self.patches,
-            "skipped": dict(self.skipped),
+            "skipped": self.skipped.to_json(),
             "provenance": dict(self.provenance),
             "shards": [asdict(entry) for entry in self.shards],
         }
@@ -107,10 +108,8 @@ class Manifest:
                 kind=ShardKind(data["kind"]),
                 shards=_entries_from_json(data["shards"], ShardKind(data["kind"])),
                 provenance=_object_from_json(data["provenance"], "provenance"),
-                skipped=_object_from_json(data["skipped"], "skipped"),
+                skipped=Skips.from_json(data["skipped"]),
             )
-            if not all(_is_count(count) for count in manifest.skipped.values()):
-                raise ValueError("its skipped must be counts")
         except KeyError as error:
             raise InputError(f"is damaged (it has no {error}); prepare the data again") from error
         except ValueError as error:
