@@ -24,6 +24,7 @@ from blt_data import InputError, ShardDirectory
 from blt_data.ingest import PrepareConfig, PrepareResult, PrepareStart, prepare
 from blt_data.pipeline import ShardWriter, SourceReader
 from blt_data.plan import plan_tasks
+from blt_data.reading import Reading
 from blt_data.sample import decode_python
 from blt_data.sources import resolve_source
 from blt_data.splits import split_of
@@ -385,9 +386,12 @@ def test_mended_source_takes_over_the_tasks_that_were_good(tmp_path: Path) -> No
 def test_blocks_take_datatrove_filters_between_them(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["keep 1", "drop", "keep 2"])
     tasks = plan_tasks(
-        resolve_source(str(tmp_path / "a.parquet")), task_bytes=None, text_column="text", context={"filter": "keep"}
+        resolve_source(str(tmp_path / "a.parquet")),
+        Reading(source="s"),
+        task_bytes=None,
+        context={"filter": "keep"},
     )
-    reader = SourceReader(tasks, text_column="text", id_column="id")
+    reader = SourceReader(tasks)
     writer = ShardWriter(
         [tmp_path / "task"],
         reader=reader,

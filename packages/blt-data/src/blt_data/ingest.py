@@ -26,6 +26,7 @@ from typing import Final
 from blt_data.errors import InputError
 from blt_data.finishing import finish
 from blt_data.plan import Task, plan_tasks
+from blt_data.reading import Reading
 from blt_data.sample import PYTHON_STDLIB
 from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory, read_manifest
 from blt_data.shards.schema import canonical_json
@@ -131,7 +132,10 @@ def prepare(
         return PrepareResult(manifests=manifests, already_complete=True)
     _require_datatrove()
     task_bytes = None if config.limit_bytes is not None else _SHARDS_PER_TASK * config.shard_bytes
-    tasks = plan_tasks(source, task_bytes=task_bytes, text_column=config.text_column, context=provenance)
+    reading = Reading(
+        source=config.source_name or source.name, text_column=config.text_column, id_column=config.id_column
+    )
+    tasks = plan_tasks(source, reading, task_bytes=task_bytes, context=provenance)
     with _working_directory(output) as work:
         folders = [work / "tasks" / task.key for task in tasks]
         start = _start(work / "tasks", folders, source, tasks)
@@ -179,7 +183,7 @@ def _run_tasks(
     from blt_data.executor import ShardExecutor
     from blt_data.pipeline import ByteLimit, ShardWriter, SourceReader
 
-    reader = SourceReader(tasks, text_column=config.text_column, id_column=config.id_column)
+    reader = SourceReader(tasks)
     limit = [] if config.limit_bytes is None else [ByteLimit(config.limit_bytes)]
     writer = ShardWriter(
         folders,

@@ -5,12 +5,12 @@ They follow datatrove's protocol, so that any of its filters can stand between `
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
@@ -18,6 +18,7 @@ from blt_data.errors import InputError
 from blt_data.plan import Task
 from blt_data.readers import read_unit
 from blt_data.shards import JSON
+from blt_data.skips import ErrorPolicy
 from blt_data.splits import split_of
 from blt_data.staging import StagedShards, TaskRecord, start_task, write_record
 
@@ -42,19 +43,15 @@ class SourceReader(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
 
     Args:
         tasks: one per rank.
-        text_column: column or key that holds the text.
-        id_column: column or key that holds the id.
     """
 
     type = "📖 - READER"
     name = "blt-data source"
 
-    def __init__(self, tasks: Sequence[Task], *, text_column: str, id_column: str) -> None:
+    def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
         self.tasks = tasks
-        self.text_column = text_column
-        self.id_column = id_column
-        self.skipped: Counter[str] = Counter()
+        self.policy = ErrorPolicy()
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the task's documents in source order, after any that came before.
@@ -67,23 +64,16 @@ class SourceReader(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         Raises:
             InputError: a source file is damaged, or holds something that is no document.
         """
-        self.skipped.clear()
+        self.policy = ErrorPolicy()
         if data:
             yield from data
-        for unit in self.tasks[rank].units:
-            metadata = {"file_path": unit.file.relative}
-            for document_id, text in read_unit(
-                unit,
-                text_column=self.text_column,
-                id_column=self.id_column,
-                advance=lambda amount: report(amount, 0, 0),
-                skip=self._skip,
-            ):
-                yield Document(text=text, id=document_id, metadata=dict(metadata))
-
-    def _skip(self, reason: str) -> None:
-        self.skipped[reason] += 1
-        self.stat_update(reason)
+        task = self.tasks[rank]
+        for unit in task.units:
+            for batch in read_unit(unit, task.reading, policy=self.policy, advance=lambda amount: report(amount, 0, 0)):
+                names, texts = batch.document_ids.to_pylist(), batch.contents.cast(pa.large_string()).to_pylist()
+                for name, text, row in zip(names, texts, batch.rows.tolist(), strict=True):
+                    metadata = {"file_path": batch.file, "row": row, "source": batch.source}
+                    yield Document(text=text, id=name, metadata=metadata)
 
 
 class ByteLimit(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
@@ -190,4 +180,9 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
                 splits[split_of(document.id, self.holdout_fraction)].add(document.id, content)
                 yield document
             entries = {split: staged.finish() for split, staged in splits.items()}
-        write_record(folder, TaskRecord(splits=entries, skipped=dict(self.reader.skipped)))
+        write_record(
+            folder,
+            TaskRecord(
+                splits=entries, skipped={reason: skipped.count for reason, skipped in self.reader.policy.skips.items()}
+            ),
+        )

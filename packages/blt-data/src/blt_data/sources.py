@@ -57,6 +57,16 @@ class SourceFile:
     modified_ns: int
     """Time of the last change; tells a resumed run that the file is still the one it read."""
 
+    @property
+    def location(self) -> str:
+        """What messages call the file."""
+        return str(self.path)
+
+    @property
+    def version(self) -> str:
+        """What tells a resumed run that the file is still the one it read."""
+        return str(self.modified_ns)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -188,17 +198,3 @@ def _source_file(path: Path, root: Path, kind: Format, compression: Compression 
         size=status.st_size,
         modified_ns=status.st_mtime_ns,
     )
-
-
-def unreadable(file: SourceFile, what: str, error: Exception) -> Exception:
-    """Return what to raise for an error met while reading: the error itself if it is the system's.
-
-    Args:
-        file: the file being read.
-        what: what it should be, such as `Parquet file`.
-        error: what Arrow raised. Its own findings are OSErrors too, but without an error number.
-    """
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    reason = " ".join(str(error).split()).rstrip(".")
-    return InputError(f"{file.path}: is a damaged or truncated {what} ({reason}); fetch or write it again")

@@ -1,0 +1,63 @@
+"""Parquet: one document a row, row group by row group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blt_data.columns import check_id_column, check_text_column
+from blt_data.documents import BATCH_BYTES, DocumentBatch
+from blt_data.readers.columnar import documents_of
+from blt_data.readers.context import Context
+from blt_data.readers.damage import unreadable
+from blt_data.readers.streams import open_file
+
+#: What Arrow and its Python layer raise for bytes that are no Parquet.
+DAMAGE: Final = (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError)
+
+_MAX_ROWS: Final = 1 << 14
+
+
+def read_parquet(context: Context) -> Iterator[DocumentBatch]:
+    """Yield the documents of a Parquet file, or of some of its row groups.
+
+    Args:
+        context: the unit.
+
+    Raises:
+        InputError: the file is damaged, has no such column or a bad row, and that is to fail.
+        OSError: the file cannot be read.
+    """
+    unit = context.unit
+    try:
+        # Few writers put checksums into pages; where there are some, damage does not get past them.
+        with (
+            open_file(context.file) as raw,
+            pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=False) as parquet,
+        ):
+            yield from _read(context, parquet)
+    except DAMAGE as error:
+        raise unreadable(unit.file, "Parquet file", error) from error
+
+
+def _read(context: Context, parquet: pq.ParquetFile) -> Iterator[DocumentBatch]:
+    unit, reading = context.unit, context.reading
+    schema, metadata = parquet.schema_arrow, parquet.metadata
+    check_text_column(context.file.location, schema, reading.text_column)
+    check_id_column(context.file.location, schema, reading.id_column)
+    columns = [reading.text_column, *([reading.id_column] if reading.id_column in schema.names else [])]
+    groups = list(range(*(unit.row_groups or (0, metadata.num_row_groups))))
+    num_rows = sum(metadata.row_group(group).num_rows for group in groups)
+    rows_per_batch = max(1, min(_MAX_ROWS, num_rows * BATCH_BYTES // max(1, unit.weight)))
+    row, told = unit.first_row, 0
+    for batch in parquet.iter_batches(rows_per_batch, row_groups=groups, columns=columns, use_threads=False):
+        yield from documents_of(context, batch, row)
+        row += batch.num_rows
+        share = unit.weight * (row - unit.first_row) // max(1, num_rows)
+        context.advance(share - told)
+        told = share
+    if row - unit.first_row != num_rows:
+        raise pa.ArrowInvalid(f"{row - unit.first_row:,} rows where its footer says {num_rows:,}")
