@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from blt_data.executors.base import Amounts, Executor, Report, Setup, TaskFailure, TaskFunction
+from blt_data.executors.local import LocalExecutor
 
-__all__ = ["Amounts", "Executor", "Report", "Setup", "TaskFailure", "TaskFunction"]
+__all__ = ["Amounts", "Executor", "LocalExecutor", "Report", "Setup", "TaskFailure", "TaskFunction"]

@@ -8,7 +8,8 @@ The rules that hold for every executor, so that a job may rely on them whatever 
   with a pause, up to a number of attempts. The other tasks go on and finish.
 - Every task ends in exactly one call of `on_result` or in exactly one `TaskFailure`.
 - A task may be run more than once (its worker may die after the work and before its result is known), so tasks must be
-  idempotent.
+  idempotent. Where the network of a cluster is cut, an attempt that counts as dead may even go on beside the next one:
+  what a task writes must get its name by an atomic rename from a file that no other attempt writes to.
 - Workers end with the process that started them, however that ends.
 """
 
