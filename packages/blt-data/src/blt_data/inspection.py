@@ -10,21 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blt_data.console import format_bytes, print_table
-from blt_data.shards import JSON, MANIFEST_NAME, Shard, ShardDirectory, ShardKind
-from blt_data.splits import HOLDOUT, TRAIN
-
-
-def shard_directories(path: Path) -> list[Path]:
-    """Return the shard directories that a user means: the path itself, or its `train` and `holdout`.
-
-    Args:
-        path: what the user named; if it holds neither, it is returned, for its reader to say what is wrong.
-    """
-    if not (path / MANIFEST_NAME).exists():
-        splits = [path / split for split in (TRAIN, HOLDOUT) if (path / split / MANIFEST_NAME).exists()]
-        if splits:
-            return splits
-    return [path]
+from blt_data.shards import JSON, Shard, ShardDirectory, ShardKind
 
 
 def show_directory(path: Path, *, documents: int, preview_bytes: int) -> None:

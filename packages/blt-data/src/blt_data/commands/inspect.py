@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from blt_data.console import friendly_errors
-from blt_data.inspection import shard_directories, show_directory
+from blt_data.inspection import show_directory
+from blt_data.shards import shard_directories
 
 
 @click.command("inspect", epilog="Example: blt-data inspect data/bytes --documents 3")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 from blt_data.errors import InputError
 from blt_data.shards.files import file_sha256
-from blt_data.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
-from blt_data.shards.reader import Shard
+from blt_data.shards.manifest import MANIFEST_NAME, SPLIT_NAMES, Manifest, ShardEntry, read_manifest
+from blt_data.shards.reader import SHARD_MEND, Shard
 from blt_data.shards.schema import ShardKind
 
 log = logging.getLogger(__name__)
+
+#: Told of bytes read since its last call, and of a shard that is done.
+ShardProgress: TypeAlias = Callable[[int, ShardEntry | None], None]
 
 _MEND = "delete the directory and run the command that wrote it again"
 
@@ -115,25 +120,45 @@ def _size_problem(directory: Path, entry: ShardEntry) -> str | None:
     return None
 
 
-def verify_directory(path: str | os.PathLike[str]) -> list[str]:
+def shard_directories(path: Path) -> list[Path]:
+    """Return the shard directories that a user means: the path itself, or its `train` and `holdout`.
+
+    Args:
+        path: what the user named; if it holds neither, it is returned, for its reader to say what is wrong. If one of
+            the two is there and complete, the other is returned too if it is there at all.
+    """
+    splits = [path / split for split in SPLIT_NAMES]
+    if not (path / MANIFEST_NAME).exists() and any((split / MANIFEST_NAME).exists() for split in splits):
+        return [split for split in splits if split.exists()]
+    return [path]
+
+
+def verify_directory(
+    path: str | os.PathLike[str], *, workers: int = 1, on_progress: ShardProgress | None = None
+) -> list[str]:
     """Recompute every checksum of a shard directory.
 
     Args:
         path: the directory.
+        workers: threads, each with one shard at a time; a compressed shard is decompressed into memory.
+        on_progress: called, from any thread, with the bytes read since its last call, and with the entry of a shard
+            that has just been checked, or None.
 
     Returns:
-        One sentence per problem, each naming its file and the mend; empty if all is well.
+        One sentence per problem, each naming its file and the mend, in the order of the shards; empty if all is well.
 
     Raises:
         InputError: there is no manifest to compare with, or it is damaged.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    problems = []
-    for entry in manifest.shards:
-        problem = _size_problem(directory, entry) or _content_problem(directory / entry.name, manifest.kind, entry)
-        if problem:
-            problems.append(f"{problem}; {_MEND}")
+    threads = ThreadPoolExecutor(max(1, min(workers, len(manifest.shards))))
+    try:
+        check = partial(_problem, directory, manifest.kind, on_progress)
+        problems = [problem for problem in threads.map(check, manifest.shards) if problem is not None]
+    finally:
+        # After an interrupt only the shards that are being read are read to their end.
+        threads.shutdown(cancel_futures=True)
     named = {entry.name for entry in manifest.shards}
     problems += [
         f"{file}: is not named by {MANIFEST_NAME}; delete it"
@@ -143,13 +168,34 @@ def verify_directory(path: str | os.PathLike[str]) -> list[str]:
     return problems
 
 
-def _content_problem(file: Path, kind: ShardKind, entry: ShardEntry) -> str | None:
-    if file_sha256(file) != entry.file_sha256:
+def _problem(directory: Path, kind: ShardKind, on_progress: ShardProgress | None, entry: ShardEntry) -> str | None:
+    """Return what is wrong with a shard in one sentence with its mend, or None."""
+    file = directory / entry.name
+    advance = None if on_progress is None else partial(_tell_bytes, on_progress)
+    try:
+        problem = _size_problem(directory, entry) or _content_problem(file, kind, entry, advance)
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror or error}); check its permissions and the disk"
+    except MemoryError:
+        return f"{file}: there is too little memory to check it; use fewer workers or a larger machine"
+    if on_progress is not None:
+        on_progress(0, entry)
+    return None if problem is None else f"{problem}; {_MEND}"
+
+
+def _tell_bytes(on_progress: ShardProgress, amount: int) -> None:
+    on_progress(amount, None)
+
+
+def _content_problem(
+    file: Path, kind: ShardKind, entry: ShardEntry, advance: Callable[[int], None] | None = None
+) -> str | None:
+    if file_sha256(file, advance) != entry.file_sha256:
         return f"{file}: does not have the checksum that {MANIFEST_NAME} says, so its bytes have changed"
     try:
         shard = Shard.open(file, verify=True)
     except InputError as error:
-        return str(error)
+        return str(error).removesuffix(f"; {SHARD_MEND}")
     if not _agrees(shard, kind, entry):
         return f"{file}: has other figures than {MANIFEST_NAME} says"
     return None

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -115,10 +115,17 @@ def remove_temporaries(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
+def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 (hex) of a file.
+
+    Args:
+        path: the file.
+        advance: told of the bytes read since its last call.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_SIZE):
             digest.update(block)
+            if advance is not None:
+                advance(len(block))
     return digest.hexdigest()

@@ -19,6 +19,9 @@ from blt_data.skips import Skips
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_FORMAT: Final = "blt-shards"
 
+#: Subdirectories that a command with held-out documents makes, each a shard directory of its own.
+SPLIT_NAMES: Final = ("train", "holdout")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
@@ -220,7 +223,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 def _why_no_manifest(path: Path) -> str:
     if not path.exists():
         return f"{path}: no such directory; name a directory written by blt-data prepare or blt-patch precompute"
-    parts = [name for name in ("train", "holdout") if (path / name / MANIFEST_NAME).exists()]
+    parts = [name for name in SPLIT_NAMES if (path / name / MANIFEST_NAME).exists()]
     if parts:
         return f"{path}: holds {' and '.join(parts)}, each a shard directory of its own; name {path / parts[0]}"
     return (

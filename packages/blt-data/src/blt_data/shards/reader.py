@@ -30,7 +30,8 @@ from blt_data.shards.schema import (
 )
 from blt_data.shards.writer import check_patches
 
-_MEND: Final = "delete it and run the command that wrote it again"
+#: What to do about a damaged shard.
+SHARD_MEND: Final = "delete it and run the command that wrote it again"
 
 
 class Shard:
@@ -83,7 +84,7 @@ class Shard:
                 if shard.kind is ShardKind.PATCHED:
                     check_patches(batch)
         except (KeyError, ValueError, pa.ArrowException) as error:
-            raise InputError(f"{file}: is a damaged shard ({_brief(error)}); {_MEND}") from error
+            raise InputError(f"{file}: is a damaged shard ({_brief(error)}); {SHARD_MEND}") from error
         return shard
 
     def __len__(self) -> int:
@@ -188,7 +189,7 @@ def _read_batch(file: Path) -> pa.RecordBatch:
         reader = pa.ipc.open_file(pa.BufferReader(buffer))
         metadata = reader.schema.metadata or {}
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise InputError(f"{file}: is no Arrow file, or a truncated one ({_brief(error)}); {_MEND}") from error
+        raise InputError(f"{file}: is no Arrow file, or a truncated one ({_brief(error)}); {SHARD_MEND}") from error
     if metadata.get(b"blt.format") != FORMAT_NAME.encode():
         raise InputError(f"{file}: is an Arrow file but no shard; make shards with blt-data prepare")
     version = metadata.get(b"blt.version", b"").decode(errors="replace")
@@ -206,7 +207,7 @@ def _read_batch(file: Path) -> pa.RecordBatch:
         batch = reader.get_batch(0)
         batch.validate()
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise InputError(f"{file}: is a damaged shard ({_brief(error)}); {_MEND}") from error
+        raise InputError(f"{file}: is a damaged shard ({_brief(error)}); {SHARD_MEND}") from error
     return batch
 
 
