@@ -61,6 +61,29 @@ def test_streaming_equals_whole_documents(window: int, length: int) -> None:
         torch.testing.assert_close(stream(lm, rows, length), torch.cat(whole))
 
 
+@pytest.mark.parametrize("length", [70, 128, 300])
+def test_streaming_with_a_key_more_than_attention_reaches(length: int) -> None:
+    lm, rows = model(transformer={"window": 128}), [*documents(), framed_document(np.random.default_rng(1), 700)]
+    assert lm.carried == lm.initial_state().keys.shape[1] == 128
+    with torch.no_grad():
+        whole = [lm(pack_documents([np.append(row, 0)])[0]) for row in rows]
+        torch.testing.assert_close(stream(lm, rows, length), torch.cat(whole))
+
+
+def test_wide_logits_are_those_of_float32_under_autocast() -> None:
+    lm = model().float()
+    tokens, offsets = torch.tensor([1, 9, 2, 1, 8]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trunk, _ = lm.stream_trunk(tokens, offsets)
+        narrow, _ = lm.stream(tokens, offsets)
+        wide = lm.wide_logits(trunk)
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    with torch.no_grad():
+        expected = lm.head(lm.norm(trunk))
+    torch.testing.assert_close(wide, expected, rtol=0, atol=0)
+    assert (narrow.float() - wide).abs().max() > 0
+
+
 def test_state_has_fixed_shapes_and_counts_its_document() -> None:
     lm = model()
     offsets = torch.tensor([0, 3, 5], dtype=torch.int32)

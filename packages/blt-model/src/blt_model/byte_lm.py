@@ -3,7 +3,7 @@
 Documents of any length run either whole (`forward`) or in windows of fixed size with the last keys and values carried
 from one to the next (`stream`); both give the same logits.
 
-Legend: T tokens, D documents, V vocabulary, L layers, W window, G key and value heads, E head width.
+Legend: T tokens, D documents, V vocabulary, L layers, W window, C carried keys, G key and value heads, E head width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
 
 from blt_model.attention import AttentionBackend, plan_attention, resolve_backend
@@ -36,9 +37,9 @@ class StreamState:
     """What a document that is not complete yet leaves for the next window. All shapes are fixed."""
 
     keys: Tensor
-    """[L, W - 1, G, E] rotated keys of the last W - 1 tokens."""
+    """[L, C, G, E] rotated keys of the last C tokens; see `ByteLM.carried`."""
     values: Tensor
-    """[L, W - 1, G, E]."""
+    """[L, C, G, E]."""
     valid: Tensor
     """int64 scalar: how many of them, the last ones, belong to the document."""
     position: Tensor
@@ -99,11 +100,36 @@ class ByteLM(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
+    def wide_logits(self, x: Tensor) -> Tensor:
+        """Logits of the trunk's output with the last norm and the head in float32, whatever autocast says.
+
+        A head in bfloat16 alone puts some 0.02 nats of noise on an entropy.
+
+        Args:
+            x: [T, dim] what `stream_trunk` gave.
+
+        Returns:
+            float32 [T, V] (float64 where the weights are).
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
+            return F.linear(self.norm(x.to(dtype)), self.head.weight.to(dtype))
+
+    @property
+    def carried(self) -> int:
+        """C, the keys and values that a window hands to the next: W - 1, all that attention can reach.
+
+        Where W is a multiple of 128 it is W: then keys carried over a cut at a multiple of 128 tokens fall into the
+        same tiles of a GPU's kernel as they would without the cut, and its sums come out the same to the bit.
+        """
+        window = self.config.window
+        return window if window % 128 == 0 else window - 1
+
     def initial_state(self) -> StreamState:
         """The state before a document's first token."""
         trunk = self.config.transformer
         weight = self.embedding.weight
-        shape = (trunk.num_layers, self.config.window - 1, trunk.kv_heads, trunk.head_dim)
+        shape = (trunk.num_layers, self.carried, trunk.kv_heads, trunk.head_dim)
         zero = torch.zeros((), dtype=torch.int64, device=weight.device)
         empty = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
         return StreamState(empty, empty, zero, zero)
@@ -127,13 +153,23 @@ class ByteLM(nn.Module):
         Raises:
             ModelError: the window holds no token.
         """
+        x, next_state = self.stream_trunk(tokens, document_offsets, state)
+        return self._logits(x), next_state
+
+    def stream_trunk(
+        self, tokens: Tensor, document_offsets: Tensor, state: StreamState | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """All of `stream` but the last norm and the head; same arguments and errors.
+
+        Returns:
+            The trunk's output [T, dim], and the state as `stream` gives it.
+        """
         length = tokens.shape[0]
         if length == 0:
             raise ModelError("the window holds no token; give at least one.")
         state = self.initial_state() if state is None else state
         x: Tensor = self.embedding(tokens)
         layout = self._stream_layout(document_offsets, x, state)
-        carried = self.config.window - 1
         keys, values = [], []
         for index, block in enumerate(self.blocks):
             if not isinstance(block, Block):
@@ -145,8 +181,8 @@ class ByteLM(nn.Module):
         last = segment_of(document_offsets, length)[-1:]
         continued = torch.where(last == 0, state.position, 0)
         position = (length - document_offsets.long().gather(0, last) + continued).squeeze(0)
-        next_state = StreamState(torch.stack(keys), torch.stack(values), position.clamp(max=carried), position)
-        return self._logits(x), next_state
+        next_state = StreamState(torch.stack(keys), torch.stack(values), position.clamp(max=self.carried), position)
+        return x, next_state
 
     def _stream_layout(self, offsets: Tensor, x: Tensor, state: StreamState) -> SequenceLayout:
         trunk = self.config.transformer
@@ -156,7 +192,7 @@ class ByteLM(nn.Module):
             length,
             window=trunk.window,
             backend=resolve_backend(self.attention_backend, x.device, compute_dtype(x)),
-            carried=self.config.window - 1,
+            carried=self.carried,
             carried_valid=state.valid,
         )
         continued = torch.where(segment_of(offsets, length) == 0, state.position, 0)
