@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from blt_data import ShardDirectory
 from blt_data.errors import InputError
+from blt_data.framing import FRAME_TOKENS
 from blt_patcher.boundaries import count_patches, finite_float16
 from blt_patcher.schemes import EntropyCombinedScheme, EntropyMonotonicScheme, EntropyScheme, scheme_to_json
 from blt_patcher.windows import framed_offsets
@@ -48,6 +49,9 @@ class Sample:
 
     statement: dict[str, Any]
     """The rule and what it gave, for provenance."""
+
+    entropies: npt.NDArray[np.float16] | None = None
+    """float16 [N + 2D] nats after each framed token, where the directory stores them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +87,9 @@ class Calibration:
     curve: tuple[CurvePoint, ...]
     """Other thresholds and what they give, rising."""
 
+    outline: tuple[CurvePoint, ...] = ()
+    """More points of the same curve, evenly spaced over the thresholds that make a difference, for a figure."""
+
     def to_json(self) -> dict[str, Any]:
         """Return what provenance keeps of it; the sample's statement goes beside."""
         return {
@@ -94,14 +101,14 @@ class Calibration:
 
 
 def take_sample(directory: ShardDirectory, sample_bytes: int = DEFAULT_SAMPLE_BYTES) -> Sample:
-    """Choose documents to calibrate on, evenly spaced over a byte shard directory.
+    """Choose documents to calibrate on, evenly spaced over a shard directory.
 
     At most `MAX_SAMPLE_SHARDS` shards, evenly spaced, are read and verified; from them come evenly spaced documents,
     as many as are expected to hold `sample_bytes`. The document that passes that number is cut there, and it is the
-    last.
+    last. Byte shards and the patched shards made of them give the same sample.
 
     Args:
-        directory: byte shards.
+        directory: byte shards, or patched shards, whose stored entropies come along if there are any.
         sample_bytes: bytes to take, at least 1; everything if there is less.
 
     Raises:
@@ -118,14 +125,19 @@ def take_sample(directory: ShardDirectory, sample_bytes: int = DEFAULT_SAMPLE_BY
     total = sum(entry.bytes for entry in entries)
     wanted = documents if total <= sample_bytes else max(1, -(-documents * sample_bytes // total))
     picks = np.array(_evenly_spaced(documents, wanted), dtype=np.int64)
+    stored = all(entry.entropies for entry in entries)
     pieces: list[npt.NDArray[np.uint8]] = []
+    nats: list[npt.NDArray[np.float16]] = []
     taken = first = 0
     for index, entry in zip(chosen, entries, strict=True):
         shard = directory.verified_shard(index)
-        for row in picks[(picks >= first) & (picks < first + entry.documents)] - first:
+        for row in (picks[(picks >= first) & (picks < first + entry.documents)] - first).tolist():
             if taken < sample_bytes or not pieces:
-                pieces.append(np.array(shard.content(int(row))[: sample_bytes - taken]))
+                pieces.append(np.array(shard.content(row)[: sample_bytes - taken]))
                 taken += pieces[-1].size
+                if stored:
+                    # The value after EOS is never used, so that of a cut document may be any.
+                    nats.append(np.array(shard.entropies(row)[: pieces[-1].size + FRAME_TOKENS]))
         first += entry.documents
     offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([piece.size for piece in pieces], out=offsets[1:])
@@ -136,7 +148,8 @@ def take_sample(directory: ShardDirectory, sample_bytes: int = DEFAULT_SAMPLE_BY
         "documents": len(pieces),
         "bytes": taken,
     }
-    return Sample(content=np.concatenate(pieces), content_offsets=offsets, statement=statement)
+    entropies = np.concatenate(nats) if stored else None
+    return Sample(content=np.concatenate(pieces), content_offsets=offsets, statement=statement, entropies=entropies)
 
 
 def _evenly_spaced(total: int, count: int) -> list[int]:
@@ -151,6 +164,8 @@ def calibrate(
     content: npt.NDArray[np.uint8],
     content_offsets: npt.NDArray[np.int64],
     entropies: npt.NDArray[np.float16],
+    *,
+    outline_points: int = 0,
 ) -> Calibration:
     """Find the threshold whose mean patch length over all documents is nearest a target.
 
@@ -164,6 +179,7 @@ def calibrate(
         content: uint8 [N] the sample's bytes.
         content_offsets: int64 [D + 1] where each document's bytes begin.
         entropies: float16 [N + 2D] nats after each framed token.
+        outline_points: about how many more points of the curve to find, for a figure.
 
     Raises:
         InputError: no threshold can give the target, the scheme has no such threshold, or the sample is empty.
@@ -187,6 +203,14 @@ def calibrate(
     for wanted in CURVE_TARGETS:
         if mean(0) <= wanted <= mean(values.size - 1):
             curve.add(_nearest(mean, Fraction(wanted), values.size))
+    outline = {best, *_decisive(mean, values, outline_points)} if outline_points else set()
+
+    def points(indices: set[int]) -> tuple[CurvePoint, ...]:
+        return tuple(
+            CurvePoint(threshold=float(values[index]), mean_patch_length=float(mean(index)))
+            for index in sorted(indices)
+        )
+
     threshold = float(values[best])
     return Calibration(
         scheme=with_threshold(scheme, parameter, threshold),
@@ -194,10 +218,18 @@ def calibrate(
         threshold=threshold,
         target_patch_length=float(target_patch_length),
         mean_patch_length=float(mean(best)),
-        curve=tuple(
-            CurvePoint(threshold=float(values[index]), mean_patch_length=float(mean(index))) for index in sorted(curve)
-        ),
+        curve=points(curve),
+        outline=points(outline),
     )
+
+
+def _decisive(mean: Callable[[int], Fraction], values: npt.NDArray[np.float16], count: int) -> list[int]:
+    """Return the indices of `count` thresholds, evenly spaced in nats over those that make a difference."""
+    low = bisect_left(range(values.size), True, key=lambda index: mean(index) > mean(0)) - 1
+    high = bisect_left(range(values.size), mean(values.size - 1), key=mean)
+    wanted = np.linspace(float(values[max(low, 0)]), float(values[min(high, values.size - 1)]), count)
+    places = np.searchsorted(values.astype(np.float64), wanted, side="right") - 1
+    return [int(place) for place in places]
 
 
 def with_threshold(scheme: EntropyBasedScheme, parameter: str, value: float) -> EntropyBasedScheme:

@@ -49,6 +49,6 @@ def drift_warning(manifest: Manifest, *, tolerance: float = DRIFT_TOLERANCE) -> 
     if target is None or mean is None or abs(mean / target - 1) <= tolerance:
         return None
     return (
-        f"the mean patch length is {mean:.4g}, {100 * (mean / target - 1):+.0f}% from the target of {target:g} that the "
-        "threshold was calibrated for; these documents are unlike the sample, so calibrate on these, or on both together"
+        f"the mean patch length is {mean:.4g}, {100 * (mean / target - 1):+.0f}% from the target of {target:g} that "
+        "the threshold was calibrated for; these documents are unlike the sample, so calibrate on these or on both"
     )

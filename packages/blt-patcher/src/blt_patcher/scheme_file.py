@@ -7,8 +7,8 @@
      "entropy_settings": {…}, "curve": […]}
 
 `scheme` alone is needed. `calibration` goes into the provenance of what is patched, which is how a directory knows the
-mean patch length it was meant to have (`drift`). `entropy_model` is the fingerprint of the model that scored the sample:
-a threshold means nothing with another one, so `SchemeFile.check_model` refuses that.
+mean patch length it was meant to have (`drift`). `entropy_model` is the fingerprint of the model that scored the
+sample: a threshold means nothing with another one, so `SchemeFile.check_model` refuses that.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,16 +54,14 @@ class PatchStats:
             return 0
         return int(np.searchsorted(np.cumsum(self.counts), share * self.patches, side="left"))
 
+    @property
+    def longest(self) -> int:
+        """The longest patch; 0 where there is none."""
+        return int(np.flatnonzero(self.counts)[-1]) if self.patches else 0
+
     def histogram(self) -> list[tuple[int, int, int]]:
         """Return bars (shortest length, longest length, patches), from length 1 to the longest there is."""
-        longest = int(np.flatnonzero(self.counts)[-1]) if self.patches else 0
-        bars = []
-        low = 1
-        while low <= longest:
-            high = low if low <= SINGLE_BARS else min(2 * low - 2, LONGEST_PATCH)
-            bars.append((low, high, int(self.counts[low : high + 1].sum())))
-            low = high + 1
-        return bars
+        return [(low, high, int(self.counts[low : high + 1].sum())) for low, high in _bar_ranges(self.longest)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON; lengths are in framed tokens."""
@@ -117,6 +115,25 @@ def draw_histogram(stats: PatchStats) -> str:
         f"{name:>{width}} {100 * count / stats.patches:6.2f}% {_bar(count / tallest)}".rstrip()
         for name, (_, _, count) in zip(names, bars, strict=True)
     )
+
+
+def _bar_ranges(longest: int) -> list[tuple[int, int]]:
+    """Return the shortest and longest length of each bar, up to a length."""
+    ranges = []
+    low = 1
+    while low <= longest:
+        high = low if low <= SINGLE_BARS else min(2 * low - 2, LONGEST_PATCH)
+        ranges.append((low, high))
+        low = high + 1
+    return ranges
+
+
+def paired_bars(stats: Sequence[PatchStats]) -> list[tuple[int, int, list[float]]]:
+    """Return bars that several sets of patches share: shortest length, longest length, each set's share of patches."""
+    return [
+        (low, high, [float(each.counts[low : high + 1].sum()) / max(each.patches, 1) for each in stats])
+        for low, high in _bar_ranges(max((each.longest for each in stats), default=0))
+    ]
 
 
 def _bar(share: float) -> str:
