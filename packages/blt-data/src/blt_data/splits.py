@@ -6,6 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 #: The one split of a run that holds nothing out; its shard directory is the output itself.
 WHOLE: Final = "all"
 TRAIN: Final = "train"
@@ -36,3 +40,20 @@ def split_of(document_id: str, holdout_fraction: float | None) -> str:
         return WHOLE
     value = int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big")
     return HOLDOUT if value < holdout_fraction * 2**64 else TRAIN
+
+
+def split_indices(document_ids: pa.StringArray, holdout_fraction: float | None) -> npt.NDArray[np.uint32]:
+    """Return the split of each document, as its index among `splits_of_run`.
+
+    Args:
+        document_ids: n ids, no nulls.
+        holdout_fraction: between 0 and 1, or None for one split of all.
+
+    Returns:
+        uint32 [n].
+    """
+    if holdout_fraction is None:
+        return np.zeros(len(document_ids), np.uint32)
+    names = document_ids.to_pylist()
+    held_out = [split_of(name, holdout_fraction) == HOLDOUT for name in names]
+    return np.array(held_out, np.bool_).astype(np.uint32)
