@@ -22,7 +22,7 @@ from blt_model import (
     save_model,
     to_json,
 )
-from blt_model.weights.native import build_model
+from blt_model.weights.streaming import build_model
 
 
 def blt(seed: int = 0) -> BLT:
@@ -93,9 +93,9 @@ def test_a_failed_save_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.M
 
 def _rewrite(path: Path, change: str) -> None:
     tensors = load_file(path)
-    if change == "lacks the tensor decoder.head.weight":
+    if change == "lacks decoder.head.weight":
         del tensors["decoder.head.weight"]
-    elif change == "holds more, which":
+    elif change == "also holds more":
         tensors["more"] = torch.zeros(1)
     else:
         tensors["decoder.head.weight"] = torch.zeros(3, 4)
@@ -105,9 +105,9 @@ def _rewrite(path: Path, change: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "lacks the tensor decoder.head.weight",
-        "holds more, which",
-        r"of shape \[3, 4\] where config",
+        "lacks decoder.head.weight",
+        "also holds more",
+        r"\[3, 4\] where \[260, 32\]",
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path, words: str) -> None:
@@ -124,7 +124,7 @@ def test_configuration_of_another_model_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="another configuration"):
         load_model(tmp_path)
     config.write_text(json.dumps(to_json(PRESETS["entropy-debug"])))
-    with pytest.raises(ModelError, match=r"lacks the tensor embedding\.weight"):
+    with pytest.raises(ModelError, match="another configuration"):
         load_model(tmp_path)
 
 

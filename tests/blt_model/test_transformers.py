@@ -48,7 +48,7 @@ def test_entropy_model(attention: str, overrides: dict[str, Any]) -> None:
     config = preset("entropy-debug", transformer=overrides)
     assert isinstance(config, ByteLMConfig)
     theirs, ours = their_patcher(config, attention), ByteLM(config)
-    ours.load_state_dict(byte_lm_weights(theirs.state_dict(), config.transformer.num_layers))
+    ours.load_state_dict(byte_lm_weights(theirs.state_dict(), config))
     rows, _ = sample()
     with torch.no_grad():
         logits = ours(pack_documents(rows)[0])

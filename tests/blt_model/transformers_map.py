@@ -1,4 +1,4 @@
-"""Maps the weights of transformers' Blt classes to ours: what the comparisons need, no more."""
+"""transformers' Blt classes beside ours: the same architecture, and their weights under our names."""
 
 from typing import Any
 
@@ -9,46 +9,19 @@ from transformers.models.blt.configuration_blt import BltPatcherConfig
 from transformers.models.blt.modeling_blt import BltForCausalLM, BltPatcher
 
 from blt_model import BLTConfig, ByteLMConfig, TransformerConfig
+from blt_model.weights.naming import Pieces, blt_pieces, byte_lm_pieces
+from blt_model.weights.transformers_format import NAMES
 
 Weights = dict[str, Tensor]
 
 
-def block(theirs: Weights, source: str, target: str) -> Weights:
-    """One transformer block."""
-    qkv = [theirs[f"{source}.self_attn.{x}_proj.weight"] for x in "qkv"]
-    return {
-        f"{target}.attention_norm.weight": theirs[f"{source}.input_layernorm.weight"],
-        f"{target}.attention.query_key_value.weight": torch.cat(qkv),
-        f"{target}.attention.output.weight": theirs[f"{source}.self_attn.o_proj.weight"],
-        f"{target}.feed_forward_norm.weight": theirs[f"{source}.post_attention_layernorm.weight"],
-        f"{target}.feed_forward.gate_value.weight": torch.cat(
-            [theirs[f"{source}.mlp.gate_proj.weight"], theirs[f"{source}.mlp.up_proj.weight"]]
-        ),
-        f"{target}.feed_forward.output.weight": theirs[f"{source}.mlp.down_proj.weight"],
-    }
+def _joined(theirs: Weights, pieces: Pieces) -> Weights:
+    return {ours: torch.cat([theirs[piece.name] for piece in parts]) for ours, parts in pieces.items()}
 
 
-def cross(theirs: Weights, source: str, target: str) -> Weights:
-    """One cross-attention."""
-    return {
-        f"{target}.query_norm.weight": theirs[f"{source}.q_norm.weight"],
-        f"{target}.key_norm.weight": theirs[f"{source}.k_norm.weight"],
-        f"{target}.query.weight": theirs[f"{source}.q_proj.weight"],
-        f"{target}.key_value.weight": torch.cat([theirs[f"{source}.k_proj.weight"], theirs[f"{source}.v_proj.weight"]]),
-        f"{target}.output.weight": theirs[f"{source}.o_proj.weight"],
-    }
-
-
-def byte_lm_weights(theirs: Weights, num_layers: int) -> Weights:
+def byte_lm_weights(theirs: Weights, config: ByteLMConfig) -> Weights:
     """BltPatcher to ByteLM."""
-    ours = {
-        "embedding.weight": theirs["embed_tokens.weight"],
-        "norm.weight": theirs["norm.weight"],
-        "head.weight": theirs["lm_head.weight"],
-    }
-    for layer in range(num_layers):
-        ours |= block(theirs, f"layers.{layer}", f"blocks.{layer}")
-    return ours
+    return _joined(theirs, byte_lm_pieces(NAMES, config))
 
 
 def blt_weights(theirs: Weights, config: BLTConfig) -> Weights:
@@ -57,31 +30,9 @@ def blt_weights(theirs: Weights, config: BLTConfig) -> Weights:
     transformers starts the patches afresh at every encoder layer that has cross-attention, so that only the last
     counts: where it has several, ours has one, at the last layer.
     """
-    encoder, decoder = "model.local_encoder", "model.local_decoder"
-    encoder_cross = max(int(name.split(".")[3]) for name in theirs if name.startswith(f"{encoder}.cross_attn_layers"))
-    decoder_cross = {int(name.split(".")[3]) for name in theirs if name.startswith(f"{decoder}.cross_attn_layers")}
-    ours = {
-        "encoder.embedding.weight": theirs[f"{encoder}.embed_tokens.weight"],
-        "encoder.hash_embedding.weight": theirs["model.encoder_hash_tok_embedding.weight"],
-        "encoder.patch_projection.weight": theirs[f"{encoder}.patch_embedding_projection.weight"],
-        "decoder.patch_projection.weight": theirs[f"{decoder}.patch_embedding_projection.weight"],
-        "decoder.norm.weight": theirs[f"{decoder}.norm.weight"],
-        "decoder.head.weight": theirs["lm_head.weight"],
-    }
-    if config.projects_patches:
-        ours["latent.projection.weight"] = theirs["model.global_transformer.token_embedding_projection.weight"]
-    last = config.encoder.num_layers - 1
-    ours |= cross(theirs, f"{encoder}.cross_attn_layers.{encoder_cross}", f"encoder.cross_attention.{last}")
-    for layer in decoder_cross:
-        ours |= cross(theirs, f"{decoder}.cross_attn_layers.{layer}", f"decoder.cross_attention.{layer}")
-    for source, target, part in (
-        (encoder, "encoder", config.encoder),
-        ("model.global_transformer", "latent", config.latent),
-        (decoder, "decoder", config.decoder),
-    ):
-        for layer in range(part.num_layers):
-            ours |= block(theirs, f"{source}.layers.{layer}", f"{target}.blocks.{layer}")
-    return ours
+    prefix = "model.local_encoder.cross_attn_layers"
+    last = max(int(name.split(".")[3]) for name in theirs if name.startswith(prefix))
+    return _joined(theirs, blt_pieces(NAMES, config, encoder_cross_layer=last))
 
 
 def _part(config: TransformerConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def make_model(directory: Path, *, preset_name: str = "entropy-debug", broken: b
 
     from blt_model import preset
     from blt_model.weights import save_model
-    from blt_model.weights.native import build_model
+    from blt_model.weights.streaming import build_model
 
     torch.manual_seed(0)
     model = build_model(preset(preset_name))

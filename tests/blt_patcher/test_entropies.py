@@ -15,7 +15,7 @@ from blt_data.errors import InputError
 from blt_data.framing import frame
 from blt_model import ByteLM, ByteLMConfig, ModelError, PackedBatch, preset
 from blt_model.weights import model_fingerprint, save_model
-from blt_model.weights.native import build_model
+from blt_model.weights.streaming import build_model
 from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model, score_documents
 
 #: Empty, one byte, shorter and longer than the model's window of 8, several windows long.

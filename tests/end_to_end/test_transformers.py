@@ -42,7 +42,7 @@ def test_entropies_patches_and_logits(max_patch_length: int | None) -> None:
         # Fresh weights give nearly equal entropies; larger ones give something to tell apart.
         patcher.lm_head.weight.mul_(40)
     entropy_lm, ours = ByteLM(lm_config), BLT(blt_config)
-    entropy_lm.load_state_dict(byte_lm_weights(patcher.state_dict(), lm_config.transformer.num_layers))
+    entropy_lm.load_state_dict(byte_lm_weights(patcher.state_dict(), lm_config))
     ours.load_state_dict(blt_weights(theirs.state_dict(), blt_config))
 
     content = np.frombuffer(b"".join(DOCUMENTS), np.uint8)

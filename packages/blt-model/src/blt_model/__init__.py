@@ -22,7 +22,15 @@ from blt_model.flops import blt_flops, byte_lm_flops, parameter_counts
 from blt_model.generation import NextPatch, generate
 from blt_model.loss import cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
-from blt_model.weights import load_model, model_fingerprint, save_model
+from blt_model.weights import (
+    LoadedModel,
+    WeightFormat,
+    load,
+    load_model,
+    model_fingerprint,
+    save_model,
+    save_transformers,
+)
 
 __all__ = [
     "BLT",
@@ -33,6 +41,7 @@ __all__ = [
     "ByteLMConfig",
     "CrossAttentionConfig",
     "HashEmbeddingConfig",
+    "LoadedModel",
     "ModelConfig",
     "ModelError",
     "NextPatch",
@@ -41,11 +50,13 @@ __all__ = [
     "Pooling",
     "StreamState",
     "TransformerConfig",
+    "WeightFormat",
     "blt_flops",
     "byte_lm_flops",
     "cross_entropy_sum",
     "from_json",
     "generate",
+    "load",
     "load_model",
     "model_fingerprint",
     "next_byte_entropy",
@@ -53,5 +64,6 @@ __all__ = [
     "parameter_counts",
     "preset",
     "save_model",
+    "save_transformers",
     "to_json",
 ]

@@ -81,6 +81,15 @@ class TransformerConfig:
         _check(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive.")
         _check(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive.")
 
+    def in_shortest_form(self) -> TransformerConfig:
+        """The same architecture with None wherever None means the same, so that equal ones have equal fingerprints."""
+        default = dataclasses.replace(self, ffn_dim=None)
+        return dataclasses.replace(
+            self,
+            num_kv_heads=None if self.kv_heads == self.num_heads else self.num_kv_heads,
+            ffn_dim=None if self.ffn_dim == default.feed_forward_dim else self.ffn_dim,
+        )
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

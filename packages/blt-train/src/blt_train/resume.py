@@ -125,10 +125,6 @@ def load_for_resume(checkpoint: Path, device: torch.device) -> tuple[Model, int]
         model = load_model(checkpoint)
     except ModelError as error:
         raise CheckpointError(f"{checkpoint}: cannot be resumed: {error}") from error
-    # Tensors of a safetensors file lie wherever the file has them. Matrix products on CPU may round differently on
-    # memory that is aligned differently, so they move to memory of torch's own, as an uninterrupted run's are.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
     return model.to(device), read_trainer_state(checkpoint).step
 
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from blt_model import ModelConfig as ArchitectureConfig
 from blt_model.loss import cross_entropy_sum
-from blt_model.weights.native import build_model
+from blt_model.weights.streaming import build_model
 from blt_train.checkpoint import Model, RunDirectory, TrainerState, load_optimizer, package_versions
 from blt_train.config import TrainConfig
 from blt_train.config_parsing import config_to_mapping

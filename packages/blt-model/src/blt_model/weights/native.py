@@ -13,14 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM
-from blt_model.config import BLTConfig, ModelConfig, from_json, to_json
+from blt_model.config import ModelConfig, from_json, to_json
 from blt_model.errors import ModelError
+from blt_model.weights.streaming import load_streaming
+from blt_model.weights.tensor_files import open_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,7 +32,8 @@ def _canonical(config: ModelConfig) -> str:
     return json.dumps(to_json(config), sort_keys=True)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,11 +46,11 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         write(temporary)
-        _sync(temporary)
+        sync_path(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def save_model(model: ByteLM | BLT, directory: str | os.PathLike[str]) -> None:
@@ -82,11 +84,6 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def build_model(config: ModelConfig) -> ByteLM | BLT:
-    """A model of this architecture with fresh weights, on torch's default device."""
-    return BLT(config) if isinstance(config, BLTConfig) else ByteLM(config)
-
-
 def _read_config(path: Path) -> ModelConfig:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -100,33 +97,6 @@ def _read_config(path: Path) -> ModelConfig:
         return from_json(document)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-
-
-def _read_tensors(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], str]:
-    """All tensors of a file, and the configuration in its metadata ("" if there is none)."""
-    if not path.is_file():
-        raise ModelError(f"{path} is missing; save the model again.")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
-            return tensors, (file.metadata() or {}).get(METADATA_KEY, "")
-    except SafetensorError as error:
-        raise ModelError(f"{path} is damaged or no safetensors file ({error}); save the model again.") from None
-
-
-def _check_names(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise ModelError(f"{path} lacks the tensor {name}; it does not belong to its config.json.")
-        if tuple(tensors[name].shape) != shape:
-            raise ModelError(
-                f"{path} holds {name} of shape {list(tensors[name].shape)} where config.json needs {list(shape)}; it "
-                "does not belong to its config.json."
-            )
-    extra = sorted(set(tensors) - set(expected))
-    if extra:
-        raise ModelError(f"{path} holds {extra[0]}, which the model of config.json does not have.")
 
 
 def load_model(
@@ -147,15 +117,14 @@ def load_model(
     """
     source = Path(directory)
     config = _read_config(source / CONFIG_FILE)
-    path = source / WEIGHTS_FILE
-    tensors, stored = _read_tensors(path, device, dtype)
-    with torch.device("meta"):
-        model = build_model(config)
-    _check_names(model, tensors, path)
+    files = open_weights(source)
+    stored = files.metadata.get(METADATA_KEY)
     if stored and stored != _canonical(config):
-        raise ModelError(f"{path} was saved with another configuration than {CONFIG_FILE} beside it; save both again.")
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+        raise ModelError(
+            f"{source / WEIGHTS_FILE} was saved with another configuration than {CONFIG_FILE} beside it; "
+            "save both again."
+        )
+    return load_streaming(config, files, pieces=None, where=source, device=device, dtype=dtype)
 
 
 def model_fingerprint(model: ByteLM | BLT) -> str:
