@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -123,8 +121,7 @@ class SafetensorsFiles:
 
 
 def _fill(file: BinaryIO, target: Tensor, path: Path) -> None:
-    array: npt.NDArray[np.uint8] = target.view(torch.uint8).numpy()
-    view = memoryview(array)
+    view = target.view(torch.uint8).numpy().data
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]  # raw files have it
         if not count:
