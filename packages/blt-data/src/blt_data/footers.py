@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 from blt_data.columns import check_id_column, check_text_column
 from blt_data.readers.damage import unreadable
 from blt_data.readers.parquet import DAMAGE
-from blt_data.readers.streams import open_file
 from blt_data.reading import Reading, Unit
-from blt_data.sources import SourceFile
+from blt_data.sources import SourceFile, open_file
 
 
 def parquet_units(file: SourceFile, reading: Reading, unit_bytes: int) -> list[Unit]:

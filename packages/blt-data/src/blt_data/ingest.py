@@ -11,9 +11,7 @@ A run that is killed leaves `.work`; the same command takes over every task that
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,9 +25,7 @@ from blt_data.errors import InputError
 from blt_data.finishing import finish
 from blt_data.plan import Task, plan_tasks
 from blt_data.reading import Reading
-from blt_data.sample import PYTHON_STDLIB
 from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory, read_manifest
-from blt_data.shards.schema import canonical_json
 from blt_data.sources import Source, resolve_source
 from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory, splits_of_run
 from blt_data.staging import RECORD_NAME, read_record
@@ -150,7 +146,7 @@ def prepare(
             output,
             folders,
             provenance=of_splits,
-            skipped=source.skipped,
+            skipped={reason: skipped.count for reason, skipped in source.skipped.items()},
             source_name=source_name,
             shard_bytes=config.shard_bytes,
         )
@@ -210,19 +206,10 @@ def _worthwhile_workers(tasks: Sequence[Task]) -> int:
 
 def _provenance(config: PrepareConfig, source: Source) -> dict[str, JSON]:
     """Return where the documents come from: without paths, times or numbers of workers, which do not decide them."""
-    listing = canonical_json({"files": [[str(file.format), file.relative, file.size] for file in source.files]})
-    origin: dict[str, JSON] = {
-        "name": source.name,
-        "files": len(source.files),
-        "bytes": sum(file.size for file in source.files),
-        "listing_sha256": hashlib.sha256(listing.encode()).hexdigest(),
-    }
-    if source.name == PYTHON_STDLIB:
-        origin["python"] = platform.python_version()
     names = ("holdout_fraction", "limit_bytes", "shard_bytes", "text_column", "id_column", "source_name")
     return {
         "command": "blt-data prepare",
-        "source": origin,
+        "source": source.provenance(),
         "options": {name: getattr(config, name) for name in names},
         "packages": {name: version(name) for name in ("blt-data", "pyarrow")},
     }

@@ -83,7 +83,7 @@ def _good_rows(
     masks = [mask for mask in (nulls, bad_text, bad_ids) if mask is not None]
     if not masks:
         return None
-    bad = np.logical_or.reduce(masks)
+    bad: npt.NDArray[np.bool_] = np.logical_or.reduce(masks)
     location, reading = context.file.location, context.reading
     for index in np.flatnonzero(bad).tolist():
         row, value = int(rows[index]), contents[index]
@@ -99,7 +99,7 @@ def _good_rows(
         column = reading.text_column if failure is not None else reading.id_column
         error = InputError(f"{location}: row {row}: its {column!r} is no UTF-8{where}; mend or remove the row")
         context.policy.bad(error, NO_UTF8, len(value.as_py()))
-    return np.logical_not(bad)
+    return ~bad
 
 
 def _document_ids(context: Context, names: pa.LargeBinaryArray | None, rows: npt.NDArray[np.int64]) -> pa.StringArray:

@@ -13,7 +13,7 @@ from blt_data.documents import BATCH_BYTES, DocumentBatch
 from blt_data.readers.columnar import documents_of
 from blt_data.readers.context import Context
 from blt_data.readers.damage import unreadable
-from blt_data.readers.streams import open_file
+from blt_data.sources import open_file
 
 #: What Arrow and its Python layer raise for bytes that are no Parquet.
 DAMAGE: Final = (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError)

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, Final
+from typing import Final
 
 import pyarrow as pa
 
 from blt_data.readers.context import Context
 from blt_data.readers.damage import unreadable
-from blt_data.sources import SourceFile
+from blt_data.sources import open_file
 
 _CHUNK: Final = 4 << 20
-
-
-def open_file(file: SourceFile) -> BinaryIO:
-    """Open a file for reading.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
-    return file.path.open("rb")
 
 
 def chunks_of(context: Context) -> Iterator[bytes]:
