@@ -110,7 +110,7 @@ def precompute(
     )
     check_output(source, target, provenance)
     target.mkdir(parents=True, exist_ok=True)
-    with _held(target):
+    with held(target):
         entries: list[ShardEntry] = []
         resumed = 0
         for index, wanted in enumerate(source.manifest.shards):
@@ -137,7 +137,7 @@ def precompute(
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
+def held(directory: Path) -> Iterator[None]:
     """Hold a directory for this process alone; a killed process holds nothing.
 
     Raises:
@@ -199,8 +199,8 @@ def patch_shard(
         document_ids=shard.batch.column("document_id"),
         contents=shard.batch.column("content"),
         sources=shard.batch.column("source"),
-        patch_lengths=_lists(patched.offsets, patched.lengths),
-        entropies=_lists(tokens, nats) if keep_entropies and nats is not None else None,
+        patch_lengths=list_column(patched.offsets, patched.lengths),
+        entropies=list_column(tokens, nats) if keep_entropies and nats is not None else None,
         provenance=provenance,
     )
     if scorer is None and advance is not None:
@@ -307,6 +307,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
-def _lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.Array:
+def list_column(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.Array:
     """Return an Arrow list column over values, without copying them."""
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
