@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from blt_data.console import ByteSize
+from blt_data.errors import InputError
 from blt_patcher.calibrate import DEFAULT_SAMPLE_BYTES
+from blt_patcher.scheme_file import SchemeFile, read_scheme_file
+from blt_patcher.scheme_options import SchemeOptions, resolve_scheme
+from blt_patcher.schemes import SCHEMES, EntropyScheme, PatchScheme
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -47,3 +54,88 @@ sample_option = click.option(
     metavar="SIZE",
     help="Bytes to calibrate on: evenly spaced documents.",
 )
+entropy_scheme_option = click.option(
+    "--scheme",
+    type=click.Choice([name for name, cls in SCHEMES.items() if cls.needs_entropies]),
+    default=EntropyScheme.name,
+    show_default=True,
+    help="The scheme whose threshold to find.",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchemeChoice:
+    """What a command line says of the scheme, in options or in a scheme file."""
+
+    options: SchemeOptions
+    file: SchemeFile | None
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is said at all."""
+        return self.file is not None or self.options != SchemeOptions()
+
+    def resolve(self) -> ResolvedScheme:
+        """Return the scheme asked for.
+
+        Raises:
+            InputError: options are missing, contradict each other or are out of range.
+        """
+        if self.file is not None:
+            return ResolvedScheme(scheme=self.file.scheme, free=None, target=None, calibration=self.file.calibration)
+        request = resolve_scheme(self.options)
+        return ResolvedScheme(
+            scheme=request.scheme, free=request.free, target=self.options.target_patch_length, calibration=None
+        )
+
+    def check_model(self, identity: Mapping[str, Any] | None) -> None:
+        """Refuse entropies of another model than a scheme file's threshold was found with; see `SchemeFile`."""
+        if self.file is not None:
+            self.file.check_model(identity)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedScheme:
+    """A scheme, and what is known or still to be found of its threshold."""
+
+    scheme: PatchScheme
+    """Complete but for the free threshold, which stands at 0."""
+    free: str | None
+    """The threshold that calibration is to find for `target`, or None."""
+    target: float | None
+    """The mean patch length to calibrate for, in framed tokens."""
+    calibration: Mapping[str, Any] | None
+    """How the threshold was found, from a scheme file, for provenance."""
+
+
+_choice_options = combine_options(
+    click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How to patch  [entropy, if it has a threshold]."),
+    click.option(
+        "--scheme-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The scheme that blt-patch calibrate --output found.",
+    ),
+    click.option(
+        "--target-patch-length", type=float, metavar="L", help="Find the threshold for L tokens per patch first."
+    ),
+    click.option("--patch-length", type=int, metavar="K", help="Tokens per patch of scheme static."),
+    scheme_options,
+)
+
+
+def scheme_choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add every option that says how to patch; the command gets them as one argument, `choice`: a `SchemeChoice`."""
+    names = [field.name for field in fields(SchemeOptions)]
+
+    @functools.wraps(command)
+    def gathered(*args: Any, scheme_file: Path | None, **values: Any) -> Any:
+        options = SchemeOptions(**{name: values.pop(name) for name in names if name in values})
+        if scheme_file is not None and options != SchemeOptions():
+            given = next(name for name in names if getattr(options, name) is not None)
+            flag = "--" + given.replace("_", "-")
+            raise InputError(f"--scheme-file says all there is to say of the scheme; leave {flag} out, or the file")
+        file = read_scheme_file(scheme_file) if scheme_file is not None else None
+        return command(*args, choice=SchemeChoice(options=options, file=file), **values)
+
+    return _choice_options(gathered)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
+import numpy as np
+import numpy.typing as npt
 
 from blt_data.console import progress
 from blt_data.errors import InputError
@@ -38,16 +40,31 @@ def make_scorer(path: Path, window_tokens: int | None, device: str | None, compi
     )
 
 
+def as_entropy_based(scheme: PatchScheme) -> EntropyBasedScheme:
+    """Return a scheme that has a threshold.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not isinstance(scheme, EntropyBasedScheme):
+        raise InputError(f"scheme {scheme.name} has no threshold to find; leave --target-patch-length out")
+    return scheme
+
+
+def score_sample(sample: Sample, scorer: EntropyScorer) -> npt.NDArray[np.float16]:
+    """Return the sample's entropies, float16 [N + 2D] nats, showing progress."""
+    tokens = sample.content.size + 2 * (sample.content_offsets.size - 1)
+    with progress("scoring the sample", tokens, "B") as bar:
+        return scorer.score(sample.content, sample.content_offsets, name="the sample", advance=bar.advance)
+
+
 def score_and_calibrate(
     scheme: PatchScheme, free: str, target: float, sample: Sample, scorer: EntropyScorer
 ) -> Calibration:
     """Score the sample and find the threshold, showing progress."""
-    if not isinstance(scheme, EntropyBasedScheme):
-        raise InputError(f"scheme {scheme.name} has no threshold to find; leave --target-patch-length out")
-    tokens = sample.content.size + 2 * (sample.content_offsets.size - 1)
-    with progress("scoring the sample", tokens, "B") as bar:
-        nats = scorer.score(sample.content, sample.content_offsets, name="the sample", advance=bar.advance)
-    return calibrate(scheme, free, target, sample.content, sample.content_offsets, nats)
+    entropy_based = as_entropy_based(scheme)
+    nats = score_sample(sample, scorer)
+    return calibrate(entropy_based, free, target, sample.content, sample.content_offsets, nats)
 
 
 def warn_of_miss(found: Calibration) -> None:

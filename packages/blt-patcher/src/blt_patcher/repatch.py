@@ -1,0 +1,183 @@
+"""New boundaries for an already patched directory, from its stored entropies, with no model.
+
+Entropies are dear and boundaries cheap: a directory that keeps its entropies can be cut by another threshold or
+another scheme as fast as it can be read and written. What comes out is, to the byte, what `precompute` would have
+written from the byte shards with the same model, settings and scheme. Schemes that read no entropies need none stored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from blt_data import Manifest, Shard, ShardDirectory, ShardEntry, ShardKind, entry_of_finished_shard, write_shard
+from blt_data.errors import InputError
+from blt_data.shards import write_manifest
+from blt_data.shards.schema import ENTROPIES
+from blt_patcher.boundaries import default_threads, patch_documents
+from blt_patcher.precompute import PrecomputeResult, check_output, held, list_column
+from blt_patcher.schemes import PatchScheme, scheme_to_json
+
+#: Packages whose releases decide on boundaries; the others that provenance names decided on the entropies.
+_PACKAGES: Final = ("blt-data", "blt-patcher")
+
+
+def repatch(
+    source: ShardDirectory,
+    output: str | os.PathLike[str],
+    *,
+    scheme: PatchScheme,
+    keep_entropies: bool | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> PrecomputeResult:
+    """Patch every shard of a patched directory anew; run again after a crash, it goes on where it was.
+
+    Args:
+        source: patched shards; they must keep their entropies if the scheme needs them.
+        output: the directory to write; created if missing.
+        scheme: how to patch.
+        keep_entropies: store the entropies in the new shards too; None keeps them where there are any.
+        calibration: how the scheme's threshold was found, kept in provenance.
+        workers: shards done at once, in threads; None takes `default_threads()`.
+        advance: called with the number of framed tokens done, as they get done.
+
+    Raises:
+        InputError: entropies are needed that the source does not keep, the output holds something else or another
+            process writes to it, or an input shard is damaged.
+        OSError: the output cannot be written.
+    """
+    keep = check_source(source, scheme, keep_entropies)
+    target = Path(output)
+    provenance = repatch_provenance(source.manifest, scheme=scheme, keep_entropies=keep, calibration=calibration)
+    check_output(source, target, provenance)
+    target.mkdir(parents=True, exist_ok=True)
+
+    def one(index: int) -> tuple[ShardEntry, bool]:
+        wanted = source.manifest.shards[index]
+        entry = entry_of_finished_shard(target / wanted.name)
+        if entry is not None:
+            return entry, True
+        shard = source.verified_shard(index)
+        return repatch_shard(
+            shard, target / wanted.name, scheme=scheme, keep_entropies=keep, provenance=provenance
+        ), False
+
+    entries: dict[int, ShardEntry] = {}
+    resumed = 0
+    with held(target):
+        pool = ThreadPoolExecutor(max(1, workers or default_threads()), thread_name_prefix="blt-repatch")
+        try:
+            futures = {pool.submit(one, index): index for index in range(len(source))}
+            for future in as_completed(futures):
+                entry, found = future.result()
+                entries[futures[future]] = entry
+                resumed += found
+                if advance is not None:
+                    advance(entry.bytes + 2 * entry.documents)
+        finally:
+            # After an error the shards not begun are left; those begun are ended, since threads cannot be stopped.
+            pool.shutdown(wait=True, cancel_futures=True)
+        shards = tuple(entries[index] for index in range(len(source)))
+        manifest = Manifest(kind=ShardKind.PATCHED, shards=shards, provenance=provenance)
+        write_manifest(target, manifest)
+    return PrecomputeResult(manifest=manifest, resumed_shards=resumed)
+
+
+def check_source(source: ShardDirectory, scheme: PatchScheme, keep_entropies: bool | None) -> bool:
+    """Return whether entropies go into the new shards, refusing a source without what is asked of it.
+
+    Args:
+        source: patched shards.
+        scheme: how to patch.
+        keep_entropies: whether to store the entropies; None where there are any.
+
+    Raises:
+        InputError: the scheme needs entropies or they are to be kept, and some shard has none.
+    """
+    lacking = [entry.name for entry in source.manifest.shards if not entry.entropies]
+    mend = "run blt-patch precompute on the byte shards with an entropy model and keep its entropies"
+    if lacking and scheme.needs_entropies:
+        raise InputError(
+            f"{source.path / lacking[0]}: keeps no entropies, which scheme {scheme.name} needs; {mend}, "
+            "or choose a scheme that needs none"
+        )
+    if lacking and keep_entropies:
+        raise InputError(f"{source.path / lacking[0]}: has no entropies to keep; {mend}, or do not keep them")
+    return not lacking if keep_entropies is None else keep_entropies
+
+
+def repatch_shard(
+    shard: Shard, path: Path, *, scheme: PatchScheme, keep_entropies: bool, provenance: Mapping[str, Any]
+) -> ShardEntry:
+    """Write one patched shard anew; the file appears only when it is whole.
+
+    Args:
+        shard: the patched shard.
+        path: the file to write.
+        scheme: how to patch.
+        keep_entropies: store the entropies too.
+        provenance: what the new shard says of its making.
+
+    Returns:
+        The new shard's entry for the manifest.
+
+    Raises:
+        InputError: an entropy is not finite.
+        OSError: the file cannot be written.
+    """
+    offsets, content = shard.content_column()
+    nats = shard.entropy_column()[1] if scheme.needs_entropies else None
+    try:
+        patched = patch_documents(scheme, content, offsets, nats, threads=1)
+    except InputError as error:
+        raise InputError(f"{shard.path}: {error}") from error
+    return write_shard(
+        path,
+        kind=ShardKind.PATCHED,
+        document_ids=shard.batch.column("document_id"),
+        contents=shard.batch.column("content"),
+        sources=shard.batch.column("source"),
+        patch_lengths=list_column(patched.offsets, patched.lengths),
+        entropies=shard.batch.column(ENTROPIES) if keep_entropies else None,
+        provenance=provenance,
+    )
+
+
+def repatch_provenance(
+    manifest: Manifest, *, scheme: PatchScheme, keep_entropies: bool, calibration: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the provenance of new shards: the source's, with another scheme.
+
+    The byte shards and, where entropies decided on the boundaries or are kept, the model and its settings stay. Where
+    the entropies were made by other releases than those that patch now, `scored_by` names those.
+
+    Args:
+        manifest: of the source.
+        scheme: how to patch.
+        keep_entropies: whether the new shards store the entropies.
+        calibration: how the scheme's threshold was found.
+    """
+    before = dict(manifest.provenance)
+    scored = keep_entropies or scheme.needs_entropies
+    told = before.get("packages")
+    packages = {str(name): value for name, value in told.items()} if isinstance(told, dict) else {}
+    now = {name: version(name) for name in _PACKAGES}
+    after = {
+        **before,
+        "scheme": scheme_to_json(scheme),
+        "calibration": dict(calibration) if calibration is not None else None,
+        "entropies_kept": keep_entropies,
+        "packages": {**now, **{name: value for name, value in packages.items() if scored and name not in now}},
+    }
+    after.pop("scored_by", None)
+    if not scored:
+        return {**after, "entropy_model": None, "entropy_settings": None}
+    if packages and any(packages.get(name) != release for name, release in now.items()):
+        after["scored_by"] = before.get("scored_by") or packages
+    return after
