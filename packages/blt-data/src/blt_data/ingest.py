@@ -23,10 +23,11 @@ from typing import Final
 
 from blt_data.errors import InputError
 from blt_data.finishing import finish
-from blt_data.plan import Task, plan_tasks
-from blt_data.reading import Reading
+from blt_data.plan import Task, plan_tasks, resolve_sources
+from blt_data.recipe import Recipe, SourceSpec
 from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory, read_manifest
-from blt_data.sources import Source, resolve_source
+from blt_data.skips import ErrorPolicy
+from blt_data.sources import Source
 from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory, splits_of_run
 from blt_data.staging import RECORD_NAME, read_record
 
@@ -34,9 +35,6 @@ WORK_NAME: Final = ".work"
 
 #: Content bytes per shard unless told otherwise.
 DEFAULT_SHARD_BYTES: Final = 64 << 20
-
-#: A task writes one shard while it reads the next, so it should have several; a killed run loses at most one task.
-_SHARDS_PER_TASK: Final = 4
 
 #: Bytes to read for which starting another process (about a second) is worth its time.
 _WORKER_BYTES: Final = 100_000_000
@@ -120,18 +118,23 @@ def prepare(
         OSError: input cannot be read or output cannot be written.
     """
     output = Path(config.output)
-    source = resolve_source(config.source, leave_out=output)
+    spec = SourceSpec(
+        source=config.source,
+        name=config.source_name,
+        text_column=config.text_column,
+        id_column=config.id_column,
+    )
+    sources = resolve_sources(Recipe(sources=(spec,)), leave_out=output)
+    source = sources[0].source
     provenance = _provenance(config, source)
     if manifests := _finished(output):
         _check_same(output, next(iter(manifests.values())).provenance, provenance)
         shutil.rmtree(output / WORK_NAME, ignore_errors=True)
         return PrepareResult(manifests=manifests, already_complete=True)
     _require_datatrove()
-    task_bytes = None if config.limit_bytes is not None else _SHARDS_PER_TASK * config.shard_bytes
-    reading = Reading(
-        source=config.source_name or source.name, text_column=config.text_column, id_column=config.id_column
-    )
-    tasks = plan_tasks(source, reading, task_bytes=task_bytes, context=provenance)
+    # A limit on the total of bytes needs one task of everything.
+    shard_bytes = config.shard_bytes if config.limit_bytes is None else 1 << 62
+    tasks = plan_tasks(sources, shard_bytes=shard_bytes, context=provenance, policy=ErrorPolicy()).tasks
     with _working_directory(output) as work:
         folders = [work / "tasks" / task.key for task in tasks]
         start = _start(work / "tasks", folders, source, tasks)
