@@ -19,7 +19,7 @@ from blt_model.config import (
 )
 from blt_model.errors import ModelError
 from blt_model.flops import blt_flops, byte_lm_flops, parameter_counts
-from blt_model.generation import NextPatch, generate
+from blt_model.generation import Completion, Generator, NextPatch, Request, SamplingOptions
 from blt_model.loss import cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
 from blt_model.weights import (
@@ -39,7 +39,9 @@ __all__ = [
     "BLTConfig",
     "ByteLM",
     "ByteLMConfig",
+    "Completion",
     "CrossAttentionConfig",
+    "Generator",
     "HashEmbeddingConfig",
     "LoadedModel",
     "ModelConfig",
@@ -48,6 +50,8 @@ __all__ = [
     "PackedBatch",
     "Placement",
     "Pooling",
+    "Request",
+    "SamplingOptions",
     "StreamState",
     "TransformerConfig",
     "WeightFormat",
@@ -55,7 +59,6 @@ __all__ = [
     "byte_lm_flops",
     "cross_entropy_sum",
     "from_json",
-    "generate",
     "load",
     "load_model",
     "model_fingerprint",

@@ -84,13 +84,22 @@ class LocalEncoder(nn.Module):
             x = block(x, layout)
             if str(layer) in self.cross_attention:
                 if patches is None:
-                    patches = self._initial_patches(x, segments)
+                    patches = self.initial_patches(x, segments)
                 patches = self.cross_attention[str(layer)](patches, x, segments)
         if patches is None:
             raise RuntimeError("the local encoder has no cross-attention layer")
         return x, patches.flatten(1)
 
-    def _initial_patches(self, x: Tensor, segments: Segments) -> Tensor:
+    def initial_patches(self, x: Tensor, segments: Segments) -> Tensor:
+        """The vectors of every patch before they read its bytes.
+
+        Args:
+            x: [T, dim] byte states after the first layer with cross-attention.
+            segments: the patch that holds each byte.
+
+        Returns:
+            [P, K, dim].
+        """
         pool = segment_max if self.config.cross_attention.pooling == Pooling.MAX else segment_mean
         projected: Tensor = self.patch_projection(pool(x, segments))
         return projected.view(segments.count, self.config.cross_attention.k, -1)

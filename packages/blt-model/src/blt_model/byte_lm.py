@@ -157,9 +157,20 @@ class ByteLM(nn.Module):
         return self._logits(x), next_state
 
     def stream_trunk(
-        self, tokens: Tensor, document_offsets: Tensor, state: StreamState | None = None
+        self,
+        tokens: Tensor,
+        document_offsets: Tensor,
+        state: StreamState | None = None,
+        *,
+        max_length: int | None = None,
     ) -> tuple[Tensor, StreamState]:
         """All of `stream` but the last norm and the head; same arguments and errors.
+
+        Args:
+            tokens: int64 [T], T at least 1.
+            document_offsets: int32 [D + 1].
+            state: what the window before returned.
+            max_length: upper bound of a document's tokens in the window; None means T. Only speed depends on it.
 
         Returns:
             The trunk's output [T, dim], and the state as `stream` gives it.
@@ -169,7 +180,7 @@ class ByteLM(nn.Module):
             raise ModelError("the window holds no token; give at least one.")
         state = self.initial_state() if state is None else state
         x: Tensor = self.embedding(tokens)
-        layout = self._stream_layout(document_offsets, x, state)
+        layout = self._stream_layout(document_offsets, x, state, max_length)
         keys, values = [], []
         for index, block in enumerate(self.blocks):
             if not isinstance(block, Block):
@@ -184,7 +195,7 @@ class ByteLM(nn.Module):
         next_state = StreamState(torch.stack(keys), torch.stack(values), position.clamp(max=self.carried), position)
         return x, next_state
 
-    def _stream_layout(self, offsets: Tensor, x: Tensor, state: StreamState) -> SequenceLayout:
+    def _stream_layout(self, offsets: Tensor, x: Tensor, state: StreamState, max_length: int | None) -> SequenceLayout:
         trunk = self.config.transformer
         length = x.shape[0]
         plan = plan_attention(
@@ -192,6 +203,7 @@ class ByteLM(nn.Module):
             length,
             window=trunk.window,
             backend=resolve_backend(self.attention_backend, x.device, compute_dtype(x)),
+            max_length=max_length,
             carried=self.carried,
             carried_valid=state.valid,
         )

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import blt_model.generation
 from blt_model import ByteLM
+from blt_model.generation.reference import generate_uncached
 from blt_model.weights.native import load_model
 from blt_patcher import IncrementalPatcher, PatchScheme, scheme_from_json
 from blt_train.checkpoint import TRAINER_NAME, TrainerState, checkpoint_directory, read_trainer_state
@@ -67,7 +67,7 @@ def generate(
                 raise CheckpointError(f"{copy}: is missing; name the model that scored the training data")
             scorer = open_entropy_model(entropy_model or copy, state.entropy_model, data="the training data")
             scorer.to(chosen)
-    return blt_model.generation.generate(
+    return generate_uncached(
         model,
         prompt,
         next_patch=patcher,

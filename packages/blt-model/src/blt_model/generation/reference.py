@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,31 +14,12 @@ from torch import Tensor
 from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM, next_byte_entropy
 from blt_model.errors import ModelError
+from blt_model.generation.patching import NextPatch
 from blt_model.packed import PackedBatch
 from blt_model.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCABULARY_SIZE
 
 
-class NextPatch(Protocol):
-    """A patch scheme, one token at a time."""
-
-    def push(self, token_id: int, entropy: float) -> bool:
-        """Take the next token of the framed document.
-
-        Args:
-            token_id: its id, BOS first.
-            entropy: of the entropy model after it, in nats; nan where there is no entropy model.
-
-        Returns:
-            Whether the token after it starts a new patch.
-        """
-        ...
-
-    def reset(self) -> None:
-        """Begin a new document."""
-        ...
-
-
-def generate(
+def generate_uncached(
     model: BLT | ByteLM,
     prompt: bytes,
     *,

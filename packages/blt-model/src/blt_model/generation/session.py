@@ -1,0 +1,360 @@
+"""Texts under way: what models and caches hold of them, and the steps that take them one byte further.
+
+A step has two halves. `encode` runs what needs the new byte only: the entropy model and the local encoder. Then the
+host decides, row by row, whether the byte was the last of its patch, and `decode` runs the latent transformer for the
+rows where it was, and the local decoder for all. A ByteLM has no second half.
+
+Position i of the decoder reads the latent output of the patch before the one that holds token i + 1: if token i + 1
+starts a patch, that is the patch that token i completes, else it is the one that was read before. So a row reads its
+newest complete patch at every step, and the latent transformer runs when a patch is complete, once.
+
+Legend: n rows in use, m rows that complete a patch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+
+from blt_model.blt import BLT
+from blt_model.byte_lm import ByteLM, next_byte_entropy
+from blt_model.caches import AttentionCache, AttentionStep
+from blt_model.config import TransformerConfig
+from blt_model.generation.byte_lm_steps import ByteLMSteps, StepNumbers
+from blt_model.generation.graphs import GraphRunner, bucket
+from blt_model.generation.patch_steps import BLTFiller, PatchSteps
+from blt_model.generation.patching import NewPatcher, NextPatch, push_all
+from blt_model.generation.prefill import PackedTexts, TextPatches, byte_lm_logits, entropies_of, prefill_blt
+from blt_model.generation.steps import HashHistory, Norm, block_steps
+
+Ints = npt.NDArray[np.int64]
+
+
+class Session(Protocol):
+    """Texts under way; those in use are the first rows."""
+
+    rows: int
+    device: torch.device
+
+    def admit(self, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Begin rows with texts (token ids, BOS first), the first in first_row; returns logits [texts, V]."""
+        ...
+
+    def encode(self, tokens: Tensor) -> Tensor | None:
+        """Take the next token of the first n rows, int64 [n]; returns entropies float32 [n], if there are any."""
+        ...
+
+    def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
+        """Logits [n, V] after these tokens; rows that are not live have ended, and theirs mean nothing."""
+        ...
+
+    def move_row(self, source: int, target: int) -> None:
+        """Put a row in another's place; the source is then of no use."""
+        ...
+
+    def fork_row(self, source: int, target: int) -> None:
+        """Begin a row with the text of another that was admitted and has made no step yet."""
+        ...
+
+    def patches(self, row: int) -> int:
+        """Complete patches of a row: its positions in the latent transformer."""
+        ...
+
+
+class ByteLMSession:
+    """Texts of a ByteLM."""
+
+    def __init__(self, model: ByteLM, rows: int, *, graphs: bool = True) -> None:
+        """Make room.
+
+        Args:
+            model: whose weights are used as they lie.
+            rows: texts at once.
+            graphs: replay CUDA graphs where the model is on CUDA.
+        """
+        self.rows, self.device = rows, model.embedding.weight.device
+        self._steps = ByteLMSteps(model, rows)
+        self._runner = GraphRunner(self.device, enabled=graphs)
+        self._numbers = StepNumbers(1, rows, self.device)
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._positions = np.zeros(rows, dtype=np.int64)
+        self._logits = torch.empty(0)
+
+    def admit(self, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session`."""
+        packed = PackedTexts.pack(texts, self.device)
+        states = self._steps.admit(first_row, packed)
+        self._positions[first_row : first_row + len(texts)] = packed.lengths
+        return byte_lm_logits(self._steps.model, states[torch.from_numpy(packed.last).to(self.device)])
+
+    def encode(self, tokens: Tensor) -> None:
+        """See `Session`."""
+        count = len(tokens)
+        positions = self._positions[:count]
+        if self._steps.cache.rotary.reserve(int(positions.max()) + 1):
+            self._runner.clear()
+        if not self._runner.enabled:
+            self._logits = self._steps.step(tokens, self._steps.cache.plan(positions))
+        else:
+            size = bucket(count, self.rows)
+            self._tokens[:count] = tokens
+            self._numbers.host[0] = self._positions
+            self._numbers.upload()
+            self._logits = self._runner.run(size, lambda: self._static(size))[:count]
+        positions += 1
+
+    def _static(self, size: int) -> Tensor:
+        cache = self._steps.cache
+        plan = cache.plan_static(self._numbers.device[0, :size], None, cache.capacity)
+        return self._steps.step(self._tokens[:size], plan)
+
+    def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
+        """See `Session`."""
+        return self._logits
+
+    def move_row(self, source: int, target: int) -> None:
+        """See `Session`."""
+        self.fork_row(source, target)
+
+    def fork_row(self, source: int, target: int) -> None:
+        """See `Session`."""
+        self._steps.cache.copy_row(source, target, int(self._positions[source]))
+        self._positions[target] = self._positions[source]
+
+    def patches(self, row: int) -> int:
+        """See `Session`; a ByteLM has no patches."""
+        return 0
+
+
+class BLTSession:
+    """Texts of a BLT."""
+
+    def __init__(
+        self, model: BLT, rows: int, *, new_patcher: NewPatcher, entropy_model: ByteLM | None, graphs: bool = True
+    ) -> None:
+        """Make room.
+
+        Args:
+            model: whose weights are used as they lie.
+            rows: texts at once.
+            new_patcher: makes a patcher for one text.
+            entropy_model: gives the patchers their entropies, on the model's device; None where they need none.
+            graphs: replay CUDA graphs where the model is on CUDA.
+        """
+        config, weight = model.config, model.encoder.embedding.weight
+        self.rows, self.device = rows, weight.device
+        self._model, self._new_patcher = model, new_patcher
+        self._entropy_steps = None if entropy_model is None else ByteLMSteps(entropy_model, rows)
+        self._encoder = AttentionCache(config.encoder, rows, dtype=weight.dtype, device=self.device)
+        self._decoder = AttentionCache(config.decoder, rows, dtype=weight.dtype, device=self.device)
+        self._shares_plan = _plan_key(config.encoder) == _plan_key(config.decoder)
+        self._patch_steps = PatchSteps(model, rows)
+        hashes = model.encoder.hash_embedding
+        self._hashes = None if hashes is None else HashHistory(hashes, rows)
+        self._encoder_blocks = block_steps(model.encoder.blocks)
+        self._decoder_blocks = block_steps(model.decoder.blocks)
+        self._encoder_cross = _places(model.encoder.cross_attention)
+        self._decoder_cross = _places(model.decoder.cross_attention)
+        self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
+        self._runner = GraphRunner(self.device, enabled=graphs)
+        self._numbers = StepNumbers(2, rows, self.device)
+        self._patch_numbers = StepNumbers(3, rows, self.device)
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._positions = np.zeros(rows, dtype=np.int64)
+        self._patch_counts = np.zeros(rows, dtype=np.int64)
+        self._open_lengths = np.zeros(rows, dtype=np.int64)
+        self._patchers: list[NextPatch] = [new_patcher() for _ in range(rows)]
+        self._admitted: list[tuple[Sequence[int], Sequence[float]]] = [((), ())] * rows
+        self._states = torch.empty(0)
+        self._decoder_plan: AttentionStep | None = None
+        self._addresses: tuple[int, ...] = ()
+
+    def admit(self, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session`."""
+        packed = PackedTexts.pack(texts, self.device)
+        entropies = [math.nan] * len(packed.tokens)
+        if self._entropy_steps is not None:
+            entropies = entropies_of(self._entropy_steps.model, self._entropy_steps.admit(first_row, packed))
+        starts = []
+        for index, text in enumerate(texts):
+            begin, end = packed.host_offsets[index : index + 2]
+            patcher = self._patchers[first_row + index]
+            patcher.reset()
+            self._admitted[first_row + index] = text, entropies[begin:end]
+            starts.append(push_all(patcher, text, entropies[begin:end]))
+        patches = TextPatches.of(starts)
+        filler = BLTFiller(self._patch_steps, (self._encoder, self._decoder), first_row, packed, patches)
+        logits = prefill_blt(self._model, packed, patches, packed.last, filler)
+        for index, text in enumerate(texts):
+            if self._hashes is not None:
+                self._hashes.fill(first_row + index, torch.tensor(text, device=self.device))
+        rows = slice(first_row, first_row + len(texts))
+        self._positions[rows] = packed.lengths
+        self._patch_counts[rows], self._open_lengths[rows] = patches.complete_counts, patches.open_lengths
+        return logits
+
+    def encode(self, tokens: Tensor) -> Tensor | None:
+        """See `Session`."""
+        count = len(tokens)
+        positions, open_lengths = self._positions[:count], self._open_lengths[:count]
+        self._reserve(int(positions.max()) + 1, int(open_lengths.max()) + 1)
+        if self._runner.enabled:
+            size = bucket(count, self.rows)
+            self._tokens[:count] = tokens
+            self._numbers.host[:] = self._positions, self._open_lengths
+            self._numbers.upload()
+            changed = [] if self._hashes is None else [self._hashes.symbols]
+            self._states, entropies = self._runner.run(("encode", size), lambda: self._encode_static(size), changed)
+            entropies = None if entropies is None else entropies[:count]
+        else:
+            plan = self._encoder.plan(positions)
+            self._decoder_plan = plan if self._shares_plan else self._decoder.plan(positions)
+            lm_plan = None if self._entropy_steps is None else self._entropy_steps.cache.plan(positions)
+            slots = torch.from_numpy(np.arange(count) * self._patch_steps.open_capacity + open_lengths)
+            places = torch.from_numpy(positions).to(self.device)
+            self._states, entropies = self._encode(tokens, places, slots.to(self.device), plan, lm_plan)
+        positions += 1
+        open_lengths += 1
+        return entropies
+
+    def _reserve(self, positions: int, open_length: int) -> None:
+        """Make room for positions and open bytes in every row."""
+        caches = [self._encoder, self._decoder]
+        if self._entropy_steps is not None:
+            caches.append(self._entropy_steps.cache)
+        for cache in caches:
+            cache.reserve(positions)
+        self._patch_steps.reserve_open(open_length)
+        self._patch_steps.latent.reserve(int(self._patch_counts.max()) + 1)
+        if self._runner.enabled:
+            buffers = [cache.rotary.table for cache in (*caches, self._patch_steps.latent)]
+            buffers += [cache.keys for cache in (*caches, self._patch_steps.latent)]
+            addresses = tuple(buffer.data_ptr() for buffer in (*buffers, self._patch_steps.open_bytes))
+            if addresses != self._addresses:
+                self._runner.clear()
+                self._addresses = addresses
+
+    def _encode_static(self, size: int) -> tuple[Tensor, Tensor | None]:
+        positions, open_lengths = self._numbers.device[0, :size], self._numbers.device[1, :size]
+        plan = self._encoder.plan_static(positions, None, self._encoder.capacity)
+        lm_plan = None
+        if self._entropy_steps is not None:
+            cache = self._entropy_steps.cache
+            lm_plan = cache.plan_static(positions, None, cache.capacity)
+        slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths
+        return self._encode(self._tokens[:size], positions, slots, plan, lm_plan)
+
+    def _encode(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: AttentionStep, lm_plan: AttentionStep | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Byte states [n, dim] and entropies float32 [n]."""
+        entropies = None
+        if self._entropy_steps is not None and lm_plan is not None:
+            entropies = next_byte_entropy(self._entropy_steps.step(tokens, lm_plan))
+        x = F.embedding(tokens, self._model.encoder.embedding.weight)
+        if self._hashes is not None:
+            x = x + self._hashes.push(tokens, positions)
+            if self._model.config.hash_embedding.average:
+                x = x / (1 + self._model.config.hash_embedding.num_tables)
+        for layer, block in enumerate(self._encoder_blocks):
+            x = block(x, self._encoder, layer, plan)
+            if layer in self._encoder_cross:
+                self._patch_steps.put_open(self._encoder_cross[layer], slots, x)
+        return x, entropies
+
+    def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
+        """See `Session`."""
+        count = len(tokens)
+        values = [math.nan] * count if entropies is None else entropies
+        new = zip(tokens, values, live, strict=True)
+        ended = [
+            row for row, (token, value, lives) in enumerate(new) if lives and self._patchers[row].push(token, value)
+        ]
+        if ended:
+            self._complete(np.array(ended))
+        if not self._runner.enabled:
+            return self._decode(self._states, self._decoder_plan)
+        size = bucket(count, self.rows)
+        return self._runner.run(("decode", size), lambda: self._decode(self._states, None))[:count]
+
+    def _decode(self, x: Tensor, plan: AttentionStep | None) -> Tensor:
+        """Logits [n, V] from byte states [n, dim]."""
+        if plan is None:
+            plan = self._decoder.plan_static(self._numbers.device[0, : len(x)], None, self._decoder.capacity)
+        for layer, block in enumerate(self._decoder_blocks):
+            if layer in self._decoder_cross:
+                x = self._patch_steps.read(self._decoder_cross[layer], x)
+            x = block(x, self._decoder, layer, plan)
+        return F.linear(self._norm(x), self._head)
+
+    def _complete(self, rows: Ints) -> None:
+        """Run the latent transformer for the rows whose open patch is complete."""
+        steps, latent = self._patch_steps, self._patch_steps.latent
+        positions, lengths = self._patch_counts[rows], self._open_lengths[rows]
+        longest = int(lengths.max())
+        if not self._runner.enabled:
+            mask = None
+            if int(lengths.min()) < longest:
+                mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(self.device)
+            steps.complete(torch.from_numpy(rows).to(self.device), latent.plan(positions, rows), longest, mask)
+        else:
+            size = bucket(len(rows), self.rows)
+            # A row that stands in the step twice is written twice, with the same values.
+            filled = np.concatenate([np.arange(len(rows)), np.zeros(size - len(rows), dtype=np.int64)])
+            self._patch_numbers.host[:, :size] = rows[filled], positions[filled], lengths[filled]
+            self._patch_numbers.upload()
+            shape = size, bucket(longest, steps.open_capacity), bucket(int(positions.max()) + 1, latent.capacity)
+            self._runner.run(("patch", *shape), lambda: self._complete_static(*shape))
+        self._patch_counts[rows] += 1
+        self._open_lengths[rows] = 0
+
+    def _complete_static(self, size: int, longest: int, length: int) -> None:
+        rows, positions, lengths = self._patch_numbers.device[:, :size]
+        mask = torch.arange(longest, device=self.device) < lengths[:, None]
+        self._patch_steps.complete(rows, self._patch_steps.latent.plan_static(positions, rows, length), longest, mask)
+
+    def move_row(self, source: int, target: int) -> None:
+        """See `Session`."""
+        self._copy_row(source, target)
+        patchers = self._patchers
+        patchers[source], patchers[target] = patchers[target], patchers[source]
+
+    def fork_row(self, source: int, target: int) -> None:
+        """See `Session`."""
+        self._copy_row(source, target)
+        self._patchers[target].reset()
+        push_all(self._patchers[target], *self._admitted[source])
+
+    def _copy_row(self, source: int, target: int) -> None:
+        positions = int(self._positions[source])
+        for cache in (self._encoder, self._decoder):
+            cache.copy_row(source, target, positions)
+        if self._entropy_steps is not None:
+            self._entropy_steps.cache.copy_row(source, target, positions)
+        if self._hashes is not None:
+            self._hashes.symbols[target] = self._hashes.symbols[source]
+        counts = int(self._patch_counts[source]), int(self._open_lengths[source])
+        self._patch_steps.copy_row(source, target, patches=counts[0], open_length=counts[1])
+        for numbers in (self._positions, self._patch_counts, self._open_lengths):
+            numbers[target] = numbers[source]
+
+    def patches(self, row: int) -> int:
+        """See `Session`."""
+        return int(self._patch_counts[row])
+
+
+def _plan_key(config: TransformerConfig) -> tuple[object, ...]:
+    """What a step's plan depends on, besides the positions."""
+    return config.window, config.rope_theta, config.head_dim, config.kv_heads
+
+
+def _places(modules: torch.nn.ModuleDict) -> dict[int, int]:
+    """The layers that have cross-attention, each with its place among them."""
+    return {int(layer): index for index, layer in enumerate(modules)}
