@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, ParamSpec, TypeVar
@@ -20,6 +21,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from blt_data.progress import JobProgress, ProgressBar, progress
 from blt_data.skips import SkipCount
@@ -52,6 +54,9 @@ EXIT_BAD_INPUT = 1
 _PIPE_WIDTH = 160
 _WIDEST = 10_000
 
+#: What stands on the right of its column: figures, also with a unit.
+_LIKE_A_NUMBER = re.compile(r"[<~]?-?[0-9][0-9.,e+-]*(%| ?[a-zA-Z]{1,2})?$")
+
 #: What a user can do about the system's errors.
 _MENDS = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space and run the same command again"
@@ -68,19 +73,23 @@ def print_table(
         rows: a mapping from name to value, or rows of cells.
         header: the columns' names; without them the table has none.
     """
-    table = Table(title=title, title_justify="left", show_header=bool(header))
+    table = Table(show_header=bool(header))
     body = [list(item) for item in rows.items()] if isinstance(rows, Mapping) else [list(row) for row in rows]
+    cells = [[_cell(cell) for cell in row] for row in body]
     width = max([len(header), *(len(row) for row in body)], default=0)
     for index in range(width):
-        numeric = index > 0
+        column = [row[index] for row in cells if index < len(row) and row[index]]
+        numeric = index > 0 and all(_LIKE_A_NUMBER.match(cell) for cell in column)
         table.add_column(header[index] if index < len(header) else "", justify="right" if numeric else "left")
-    for row in body:
-        table.add_row(*(_cell(cell) for cell in row))
+    for row in cells:
+        table.add_row(*row)
     console = Console(markup=False, highlight=False)
     if not sys.stdout.isatty():
         # Piped output keeps whole rows: a table folded at 80 columns is of no use to grep.
         widest = Measurement.get(console, console.options.update(width=_WIDEST), table).maximum
         console = Console(width=max(_PIPE_WIDTH, widest), markup=False, highlight=False)
+    # Not as the table's own title, which would be folded at the table's width.
+    console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)
 
 
