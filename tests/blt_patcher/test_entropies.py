@@ -88,9 +88,10 @@ def test_settings_say_what_the_bits_depend_on(model: ByteLM) -> None:
         "window_tokens": 64,
         "precision": "float32",
         "compiled": False,
+        "device": "cpu",
         "torch": torch.__version__.split("+")[0],
     }
-    assert set(scorer.identity) == {"fingerprint", "config"}
+    assert set(scorer.identity) == {"fingerprint", "config", "reset_at_newlines"}
     with pytest.raises(InputError, match="window_tokens is 0"):
         EntropyScorer(model, window_tokens=0)
 

@@ -1,42 +1,49 @@
 """Scoring documents with the entropy model: nats after every framed token, as stored in shards.
 
-Documents stream through the model in windows of a fixed number of tokens (`windows`), the open document's last keys
-and values carried from window to window, so the result is that of each document scored whole and alone, to the
-rounding of the arithmetic. Memory does not grow with a document's length but for its own entropies.
+Documents stream through the model in windows of a fixed number of tokens (`windows`), the open context's last keys and
+values carried from window to window, so the result is that of each document scored whole and alone, to the rounding of
+the arithmetic. Memory does not grow with a document's length but for its own entropies.
 
-On a GPU the arithmetic is bfloat16 under autocast; copies to and from it are pinned and asynchronous, and results are
-read two windows late, so that the GPU never waits for Python.
+In bfloat16 (on a GPU, unless told otherwise) the trunk runs under autocast with its weights cast once; the last norm,
+the head and the softmax stay in float32, since rounding there would go straight into the entropies. Windows are then
+padded to one size and contexts cut where kernels' tiles end, so that a document's entropies do not depend on its
+neighbours. Copies to and from a GPU are pinned and asynchronous, and results are read two windows late, so that the GPU
+never waits for Python.
 
 This module needs torch and blt-model (`pip install 'blt-patcher[entropy]'`).
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blt_data.errors import InputError
-from blt_data.framing import BOE_ID
 from blt_model import ByteLM, StreamState, next_byte_entropy, to_json
 from blt_model.weights import load_model, model_fingerprint
-from blt_patcher.windows import Window, cut_windows, framed_offsets
+from blt_patcher.windows import Window, cut_windows, framed_offsets, window_capacity
 
 log = logging.getLogger(__name__)
 
 #: Tokens in a window unless told: enough to keep a GPU busy with a 100M model, few enough for a CPU's caches.
 GPU_WINDOW_TOKENS: Final = 16_384
 CPU_WINDOW_TOKENS: Final = 4_096
+
+#: What the trunk may be computed in.
+PRECISIONS: Final = ("float32", "bfloat16")
 
 #: Windows whose results may still be on their way from the GPU.
 _WINDOWS_IN_FLIGHT: Final = 2
@@ -104,49 +111,62 @@ class EntropyScorer:
         *,
         device: str | torch.device = "cpu",
         window_tokens: int | None = None,
+        precision: str | None = None,
         compile: bool = False,
+        reset_at_newlines: bool = False,
     ) -> None:
-        """Move a model to a device.
+        """Put a model on a device.
 
         Args:
-            model: the entropy model; it is put in evaluation mode.
+            model: the entropy model; it is put in evaluation mode, and left where it is if the scorer needs a copy.
             device: `cpu`, or one GPU.
             window_tokens: tokens that the model sees at once; None takes what suits the device.
+            precision: `float32` or `bfloat16`, of the trunk; None takes bfloat16 on a GPU and the weights' own on a
+                CPU.
             compile: compile the model with torch.compile; worth it on a GPU and for much data.
+            reset_at_newlines: start the model's context afresh at every newline token, which is the new context's
+                first token.
 
         Raises:
-            InputError: `window_tokens` is less than 1.
+            InputError: `window_tokens` is less than 1, or there is no such precision.
         """
         self.device = torch.device(device)
         if window_tokens is None:
-            window_tokens = GPU_WINDOW_TOKENS if self.device.type == "cuda" else CPU_WINDOW_TOKENS
-        if window_tokens < 1:
-            raise InputError(f"window_tokens is {window_tokens}; a window holds at least 1 token")
-        self.model = model.to(self.device).eval()
+            window_tokens = default_window_tokens(self.device)
+        if precision not in (None, *PRECISIONS):
+            raise InputError(f"precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}")
+        window_capacity(window_tokens)
+        self.model = model.eval()
         self.window_tokens = window_tokens
+        self.reset_at_newlines = reset_at_newlines
+        self._bfloat16 = precision == "bfloat16" or (precision is None and self.device.type == "cuda")
         self._compiled = compile
-        self._step: Callable[..., Any] = torch.compile(model.stream) if compile else model.stream
+        # What computes may differ from what is identified: its weights lie on the device, in the precision asked for.
+        self._runner = _in_bfloat16(model, self.device) if self._bfloat16 else model.to(self.device)
+        # Fixed shapes are compiled once; and rows of a matrix product come out the same whatever is in the others.
+        self._pads = compile or self._bfloat16
+        self._step: Callable[..., Any] = torch.compile(self._entropies) if compile else self._entropies
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """The model's fingerprint and configuration, for provenance."""
-        return {"fingerprint": model_fingerprint(self.model), "config": to_json(self.model.config)}
+        """The model's fingerprint and configuration and how its contexts begin, for provenance."""
+        return {
+            "fingerprint": model_fingerprint(self.model),
+            "config": to_json(self.model.config),
+            "reset_at_newlines": self.reset_at_newlines,
+        }
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides on the last bits of the result besides the model, for provenance."""
         parameter = next(self.model.parameters())
-        precision = "bfloat16" if self._autocasts else str(parameter.dtype).removeprefix("torch.")
         return {
             "window_tokens": self.window_tokens,
-            "precision": precision,
+            "precision": "bfloat16" if self._bfloat16 else str(parameter.dtype).removeprefix("torch."),
             "compiled": self._compiled,
+            "device": self.device.type,
             "torch": torch.__version__.split("+")[0],
         }
-
-    @property
-    def _autocasts(self) -> bool:
-        return self.device.type == "cuda"
 
     def score(
         self,
@@ -168,7 +188,8 @@ class EntropyScorer:
             float16 [N + 2D] nats of the next-token distribution after each framed token, document by document.
 
         Raises:
-            InputError: the model gives an entropy that is not finite, or a window does not fit the GPU's memory.
+            InputError: the model gives an entropy that is not finite, a window does not fit the GPU's memory, or the
+                model cannot be compiled here.
         """
         offsets = framed_offsets(content_offsets)
         result = np.empty(int(offsets[-1]), dtype=np.float16)
@@ -178,19 +199,19 @@ class EntropyScorer:
             arrival = arrivals.popleft()
             if arrival.ready is not None:
                 arrival.ready.synchronize()
-            low, count = arrival.window.first_token, arrival.window.tokens.size
-            nats = arrival.nats[:count].numpy()
+            low, count = arrival.window.first_token, arrival.window.count
+            nats = arrival.window.without_padding(arrival.nats.numpy())
             _check_finite(nats, low, offsets, name)
             result[low : low + count] = nats
             if advance is not None:
                 advance(count)
 
         with torch.inference_mode(), self._precision():
-            state = self.model.initial_state()
-            for window in cut_windows(content, content_offsets, self.window_tokens):
-                if not window.continues:
-                    state = self.model.initial_state()
-                nats, state = self._run(window, state)
+            beginning = state = self._runner.initial_state()
+            for window in cut_windows(
+                content, content_offsets, self.window_tokens, reset_at_newlines=self.reset_at_newlines, pad=self._pads
+            ):
+                nats, state = self._run(window, state if window.continues else beginning)
                 arrivals.append(self._send(window, nats))
                 if len(arrivals) > _WINDOWS_IN_FLIGHT:
                     collect()
@@ -198,78 +219,95 @@ class EntropyScorer:
             collect()
         return result
 
+    def _entropies(
+        self, tokens: Tensor, offsets: Tensor, state: StreamState, max_length: int | None
+    ) -> tuple[Tensor, StreamState]:
+        """Return a window's entropies, float16 [T] on the device, and the state for the next window."""
+        trunk, state = self._runner.stream_trunk(tokens, offsets, state, max_length=max_length)
+        return next_byte_entropy(self._runner.wide_logits(trunk)).to(torch.float16), state
+
     def _run(self, window: Window, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Return a window's entropies, float32 on the device, and the state for the next window."""
+        """Send a window to the device and start its computation; see `_entropies`."""
+        tokens, offsets = self._to_device(window)
+        # Kernels are started for the longest context that may come; lines are short, and there may be thousands.
+        longest = _round_up(int(np.diff(window.context_offsets).max())) if self.reset_at_newlines else None
         try:
-            tokens, document_offsets = self._to_device(window)
-            logits, state = self._step(tokens, document_offsets, state)
-            return next_byte_entropy(logits), state
+            nats, state = self._step(tokens, offsets, state, longest)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the GPU has too little memory for windows of {self.window_tokens:,} tokens; give fewer with "
                 "--window-tokens, or another --device"
             ) from error
+        except Exception as error:
+            if not (self._compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the model cannot be compiled here ({reason}); give --no-compile") from error
+        return nats, state
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cuda", torch.bfloat16) if self._autocasts else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self._bfloat16 else nullcontext()
 
     def _to_device(self, window: Window) -> tuple[Tensor, Tensor]:
-        """Return a window's tokens and document offsets on the device."""
-        tokens, offsets = window.tokens, window.document_offsets
+        """Return a window's tokens and context offsets on the device."""
+        tokens, offsets = torch.from_numpy(window.tokens), torch.from_numpy(window.context_offsets)
+        if self.device.type == "cuda":
+            # The pinned copies come from torch's cache of pinned memory, which keeps them until the transfer is over.
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+            offsets = offsets.pin_memory().to(self.device, non_blocking=True)
         if self._compiled:
-            tokens, offsets = _pad(tokens, offsets, self.window_tokens)
-        pair = torch.from_numpy(tokens), torch.from_numpy(offsets)
-        if self.device.type != "cuda":
-            return pair[0].to(self.device), pair[1].to(self.device)
-        # The pinned copies come from torch's cache of pinned memory, which keeps them until the transfer is over.
-        sent = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in pair]
-        return sent[0], sent[1]
+            # One compiled form for any number of contexts.
+            torch._dynamo.maybe_mark_dynamic(offsets, 0)
+        return tokens, offsets
 
     def _send(self, window: Window, nats: Tensor) -> _Arrival:
         """Start the copy of a window's entropies to the host."""
-        rounded = nats.to(torch.float16)
         if self.device.type != "cuda":
-            return _Arrival(window, rounded.cpu(), None)
-        host = torch.empty(rounded.shape, dtype=torch.float16, pin_memory=True)
-        host.copy_(rounded, non_blocking=True)
+            return _Arrival(window, nats, None)
+        host = torch.empty(nats.shape, dtype=nats.dtype, pin_memory=True)
+        host.copy_(nats, non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives it no types
         ready.record(torch.cuda.current_stream(self.device))
         return _Arrival(window, host, ready)
 
 
+def default_window_tokens(device: torch.device) -> int:
+    """Return the tokens in a window on a device, unless told."""
+    return GPU_WINDOW_TOKENS if device.type == "cuda" else CPU_WINDOW_TOKENS
+
+
 def score_documents(
-    model: ByteLM,
-    content: npt.NDArray[np.uint8],
-    content_offsets: npt.NDArray[np.int64],
-    *,
-    device: str | torch.device = "cpu",
-    window_tokens: int | None = None,
-    compile: bool = False,
+    model: ByteLM, content: npt.NDArray[np.uint8], content_offsets: npt.NDArray[np.int64], **options: Any
 ) -> npt.NDArray[np.float16]:
-    """Return the entropies of some documents: `EntropyScorer` for a single use, same arguments and errors.
+    """Return the entropies of some documents: `EntropyScorer` for a single use.
+
+    Args:
+        model: the entropy model.
+        content: uint8 [N] the documents' bytes.
+        content_offsets: int64 [D + 1] where each document's bytes begin.
+        options: as `EntropyScorer` takes them.
 
     Returns:
         float16 [N + 2D] nats after each framed token.
+
+    Raises:
+        InputError: see `EntropyScorer` and its `score`.
     """
-    scorer = EntropyScorer(model, device=device, window_tokens=window_tokens, compile=compile)
-    return scorer.score(content, content_offsets)
+    return EntropyScorer(model, **options).score(content, content_offsets)
 
 
-def _pad(
-    tokens: npt.NDArray[np.int64], offsets: npt.NDArray[np.int32], capacity: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Fill a window up to shapes that recur, so that compiled code is made a few times and not for every window.
+def _in_bfloat16(model: ByteLM, device: torch.device) -> ByteLM:
+    """Return a copy on a device whose blocks hold bfloat16 matrices, which autocast would else cast in every window."""
+    runner = copy.deepcopy(model).to(device)
+    for module in runner.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    return runner
 
-    Padding tokens form a last document of their own; the number of offsets goes up to a power of two with documents
-    of no token.
-    """
-    documents = offsets.size - 1 + (tokens.size < capacity)
-    room = max(16, 1 << (documents - 1).bit_length())
-    padded_offsets = np.full(room + 1, capacity, dtype=np.int32)
-    padded_offsets[: offsets.size] = offsets
-    padded_tokens = np.full(capacity, BOE_ID, dtype=np.int64)
-    padded_tokens[: tokens.size] = tokens
-    return padded_tokens, padded_offsets
+
+def _round_up(length: int) -> int:
+    """Return a length's next power of two, so that few values occur."""
+    return 1 << max(length - 1, 0).bit_length()
 
 
 def _check_finite(nats: npt.NDArray[np.float16], first_token: int, offsets: npt.NDArray[np.int64], name: str) -> None:
