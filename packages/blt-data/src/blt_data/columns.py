@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from blt_data.errors import InputError
+from blt_data.errors import SetupError
 
 
-class ColumnError(InputError):
-    """A column was misnamed: a mistake in the command, which no policy about bad rows lets pass."""
+class ColumnError(SetupError):
+    """The named column is not there, or holds no text."""
 
 
 def check_text_column(location: str, schema: pa.Schema, name: str) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 
 from blt_data.columns import check_id_column, check_text_column
-from blt_data.readers.damage import unreadable
-from blt_data.readers.parquet import DAMAGE
+from blt_data.readers.damage import DAMAGE, unreadable
+from blt_data.readers.parquet import text_bytes
 from blt_data.reading import Reading, Unit
 from blt_data.sources import SourceFile, open_file
 
@@ -38,13 +38,10 @@ def parquet_units(file: SourceFile, reading: Reading, unit_bytes: int) -> list[U
 
 def _row_groups(file: SourceFile, metadata: pq.FileMetaData, text_column: str) -> Iterator[Unit]:
     """Yield a unit for each row group."""
-    column = next(index for index in range(metadata.num_columns) if metadata.schema.column(index).path == text_column)
     first_row = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group)
-        weight = max(0, rows.column(column).total_uncompressed_size)
+    for group, weight in enumerate(text_bytes(metadata, text_column)):
         yield Unit(file=file, weight=weight, row_groups=(group, group + 1), first_row=first_row)
-        first_row += rows.num_rows
+        first_row += metadata.row_group(group).num_rows
 
 
 def _merged(groups: Iterator[Unit], unit_bytes: int) -> Iterator[Unit]:

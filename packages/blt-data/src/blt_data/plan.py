@@ -19,8 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from blt_data.columns import ColumnError
-from blt_data.errors import InputError
+from blt_data.errors import InputError, SetupError
 from blt_data.footers import parquet_units
 from blt_data.readers.reasons import DAMAGED
 from blt_data.reading import Reading, Unit
@@ -134,7 +133,7 @@ def plan_tasks(
         policy: says whether a damaged Parquet file ends the job or is left out.
 
     Raises:
-        ColumnError: a Parquet file has no such column.
+        SetupError: a Parquet file has no such column, or may not be read.
         InputError: a Parquet file is damaged.
         OSError: a file cannot be read.
     """
@@ -198,7 +197,7 @@ def _units(
         return [Unit(file=file, weight=file.size)]
     try:
         return parquet_units(file, reading, unit_bytes)
-    except ColumnError:
+    except SetupError:
         raise
     except InputError as error:
         policy.bad(error, DAMAGED, file.size)

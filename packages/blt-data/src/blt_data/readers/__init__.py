@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from blt_data.columns import ColumnError
 from blt_data.documents import DocumentBatch
-from blt_data.errors import InputError
+from blt_data.errors import InputError, SetupError
+from blt_data.readers.arrow import read_arrow
 from blt_data.readers.context import Advance, Context
 from blt_data.readers.json_lines import read_json_lines
+from blt_data.readers.opened import OpenParquet
 from blt_data.readers.parquet import read_parquet
 from blt_data.readers.reasons import DAMAGED
 from blt_data.readers.text import read_python, read_text
@@ -22,17 +23,20 @@ from blt_data.reading import Reading, Unit
 from blt_data.skips import ErrorPolicy
 from blt_data.sources import Format
 
-__all__ = ["Advance", "read_unit"]
+__all__ = ["Advance", "OpenParquet", "read_unit"]
 
 _READERS: Final[Mapping[Format, Callable[[Context], Iterator[DocumentBatch]]]] = {
     Format.PARQUET: read_parquet,
+    Format.ARROW: read_arrow,
     Format.JSON_LINES: read_json_lines,
     Format.TEXT: read_text,
     Format.PYTHON: read_python,
 }
 
 
-def read_unit(unit: Unit, reading: Reading, *, policy: ErrorPolicy, advance: Advance) -> Iterator[DocumentBatch]:
+def read_unit(
+    unit: Unit, reading: Reading, *, policy: ErrorPolicy, advance: Advance, opened: OpenParquet | None = None
+) -> Iterator[DocumentBatch]:
     """Yield the documents of a unit in their order.
 
     A file that turns out damaged is left at that point: with `--on-error skip` the documents before stay, and the rest
@@ -43,9 +47,10 @@ def read_unit(unit: Unit, reading: Reading, *, policy: ErrorPolicy, advance: Adv
         reading: names of the source and of its columns.
         policy: is handed every bad row and file; its `skips` count what is left out.
         advance: told of the unit's weight as it is consumed, also of what is skipped.
+        opened: keeps a Parquet file open for the next unit; None opens and closes it here.
 
     Raises:
-        ColumnError: the file has no such column, or not of strings, whatever the policy says.
+        SetupError: the file has no such column (`ColumnError`) or may not be read, whatever the policy says.
         InputError: the file is damaged, or holds something that is no document, and the policy says fail.
         OSError: the file cannot be read, now.
     """
@@ -56,13 +61,22 @@ def read_unit(unit: Unit, reading: Reading, *, policy: ErrorPolicy, advance: Adv
         told += amount
         advance(amount)
 
-    context = Context(unit=unit, reading=reading, policy=policy, advance=tell)
+    context = Context(
+        unit=unit,
+        reading=reading,
+        policy=policy,
+        advance=tell,
+        opened=OpenParquet() if opened is None else opened,
+    )
     try:
         yield from _READERS[unit.file.format](context)
-    except ColumnError:
+    except SetupError:
         raise
     except InputError as error:
         # With the policy fail, an error that it raised itself comes by here, and is raised again.
         rest = max(0, unit.weight - told)
         policy.bad(error, DAMAGED, rest)
         advance(rest)
+    finally:
+        if opened is None:
+            context.opened.close()

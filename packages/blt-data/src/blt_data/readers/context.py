@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from blt_data.documents import BATCH_BYTES, DocumentBatch
+from blt_data.readers.opened import OpenParquet
 from blt_data.reading import Reading, Unit
 from blt_data.skips import ErrorPolicy
 from blt_data.sources import SourceFile
@@ -27,6 +28,7 @@ class Context:
     reading: Reading
     policy: ErrorPolicy
     advance: Advance
+    opened: OpenParquet
 
     @property
     def file(self) -> SourceFile:

@@ -12,11 +12,7 @@ from blt_data.columns import check_id_column, check_text_column
 from blt_data.documents import BATCH_BYTES, DocumentBatch
 from blt_data.readers.columnar import documents_of
 from blt_data.readers.context import Context
-from blt_data.readers.damage import unreadable
-from blt_data.sources import open_file
-
-#: What Arrow and its Python layer raise for bytes that are no Parquet.
-DAMAGE: Final = (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError)
+from blt_data.readers.damage import DAMAGE, unreadable
 
 _MAX_ROWS: Final = 1 << 14
 
@@ -28,19 +24,18 @@ def read_parquet(context: Context) -> Iterator[DocumentBatch]:
         context: the unit.
 
     Raises:
-        InputError: the file is damaged, has no such column or a bad row, and that is to fail.
+        ColumnError: the file has no such column.
+        InputError: the file is damaged or has a bad row, and that is to fail.
         OSError: the file cannot be read.
     """
-    unit = context.unit
     try:
-        # Few writers put checksums into pages; where there are some, damage does not get past them.
-        with (
-            open_file(context.file) as raw,
-            pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=False) as parquet,
-        ):
-            yield from _read(context, parquet)
-    except DAMAGE as error:
-        raise unreadable(unit.file, "Parquet file", error) from error
+        yield from _read(context, context.opened.open(context.file))
+    except BaseException as error:
+        # What failed once is opened anew, should it be asked for again.
+        context.opened.close()
+        if isinstance(error, DAMAGE):
+            raise unreadable(context.file, "Parquet file", error) from error
+        raise
 
 
 def _read(context: Context, parquet: pq.ParquetFile) -> Iterator[DocumentBatch]:
@@ -51,7 +46,9 @@ def _read(context: Context, parquet: pq.ParquetFile) -> Iterator[DocumentBatch]:
     columns = [reading.text_column, *([reading.id_column] if reading.id_column in schema.names else [])]
     groups = list(range(*(unit.row_groups or (0, metadata.num_row_groups))))
     num_rows = sum(metadata.row_group(group).num_rows for group in groups)
-    rows_per_batch = max(1, min(_MAX_ROWS, num_rows * BATCH_BYTES // max(1, unit.weight)))
+    sizes = text_bytes(metadata, reading.text_column)
+    size = sum(sizes[group] for group in groups)
+    rows_per_batch = max(1, min(_MAX_ROWS, num_rows * BATCH_BYTES // max(1, size)))
     row, told = unit.first_row, 0
     for batch in parquet.iter_batches(rows_per_batch, row_groups=groups, columns=columns, use_threads=False):
         yield from documents_of(context, batch, row)
@@ -61,3 +58,18 @@ def _read(context: Context, parquet: pq.ParquetFile) -> Iterator[DocumentBatch]:
         told = share
     if row - unit.first_row != num_rows:
         raise pa.ArrowInvalid(f"{row - unit.first_row:,} rows where its footer says {num_rows:,}")
+
+
+def text_bytes(metadata: pq.FileMetaData, column: str) -> list[int]:
+    """Return the bytes of text in each row group, as the footer tells them.
+
+    Args:
+        metadata: the file's footer.
+        column: name of the column, which must be there.
+    """
+    paths = (metadata.schema.column(index).path for index in range(metadata.num_columns))
+    index = next((index for index, path in enumerate(paths) if path == column), None)
+    if index is None:
+        raise pa.ArrowInvalid(f"its footer has no column {column!r}, its schema has")
+    groups = (metadata.row_group(group).column(index) for group in range(metadata.num_row_groups))
+    return [max(0, int(chunk.total_uncompressed_size)) for chunk in groups]

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but not by its stubs
 
-from blt_data.errors import InputError
+from blt_data.errors import InputError, SetupError
 from blt_data.sources.files import (
     RECOGNISED,
     Format,
@@ -170,8 +170,8 @@ def _ask(request: Callable[[], T], where: HubPath) -> T:
     return with_retries(attempt, str(where))
 
 
-def _offline(location: str) -> InputError:
-    return InputError(f"{location}: HF_HUB_OFFLINE forbids to ask the hub; unset it, or name files on this machine")
+def _offline(location: str) -> SetupError:
+    return SetupError(f"{location}: HF_HUB_OFFLINE forbids to ask the hub; unset it, or name files on this machine")
 
 
 def _refusal(status: int, headers: Any, location: str) -> Exception:
@@ -181,20 +181,20 @@ def _refusal(status: int, headers: Any, location: str) -> Exception:
         return temporary
     code = headers.get("X-Error-Code", "")
     if code == "GatedRepo" or status == 403:
-        return InputError(
+        return SetupError(
             f"{location}: the hub does not let this account read it; accept the dataset's terms on its page and set "
             "HF_TOKEN"
         )
     if status == 401 or code == "RepoNotFound":
-        return InputError(
+        return SetupError(
             f"{location}: there is no such dataset, or it is private; check its name, or set HF_TOKEN to a token that "
             "may read it"
         )
     if code == "RevisionNotFound":
-        return InputError(f"{location}: the dataset has no such revision; name a branch, a tag or a commit of it")
+        return SetupError(f"{location}: the dataset has no such revision; name a branch, a tag or a commit of it")
     if status == 404:
-        return InputError(f"{location}: the dataset has no such file or directory; check the path and --revision")
-    return InputError(f"{location}: the hub refuses to send it (HTTP status {status}); check the path and HF_TOKEN")
+        return SetupError(f"{location}: the dataset has no such file or directory; check the path and --revision")
+    return SetupError(f"{location}: the hub refuses to send it (HTTP status {status}); check the path and HF_TOKEN")
 
 
 def open_hub_file(file: SourceFile) -> RetryingFile:

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 import fsspec
 from fsspec.core import url_to_fs
 
-from blt_data.errors import InputError
+from blt_data.errors import InputError, SetupError
 from blt_data.sources.files import (
     RECOGNISED,
     Format,
@@ -139,7 +139,7 @@ def _connect(url: str) -> tuple[Any, str]:
     """Return fsspec's file system for a URL, and the path in it.
 
     Raises:
-        InputError: fsspec does not know it, or its driver is not installed.
+        SetupError: fsspec does not know it, or its driver is not installed.
     """
     protocol = url.partition("://")[0]
     shown = scrub(url)
@@ -148,11 +148,11 @@ def _connect(url: str) -> tuple[Any, str]:
     except ImportError as error:
         package = _DRIVERS.get(protocol)
         mend = f"pip install {package}" if package else scrub(" ".join(str(error).split()))
-        raise InputError(f"{shown}: {protocol}:// needs a package that is not installed; {mend}") from None
+        raise SetupError(f"{shown}: {protocol}:// needs a package that is not installed; {mend}") from None
     except ValueError as error:
         known = protocol in fsspec.available_protocols()
         problem = scrub(" ".join(str(error).split())) if known else f"{protocol}:// is no kind of URL that fsspec knows"
-        raise InputError(f"{shown}: {problem}; check the URL") from None
+        raise SetupError(f"{shown}: {problem}; check the URL") from None
     return system, str(path)
 
 
@@ -171,15 +171,15 @@ def _judged(error: Exception, shown: str) -> Exception:
     if isinstance(error, InputError | TemporaryError):
         return error
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{shown}: there is no such file or directory; check the URL")
+        return SetupError(f"{shown}: there is no such file or directory; check the URL")
     reason = scrub(" ".join(str(error).split()) or type(error).__name__)
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__ or status in (401, 403):
-        return InputError(f"{shown}: may not be read ({reason}); set the credentials that its driver looks for")
+        return SetupError(f"{shown}: may not be read ({reason}); set the credentials that its driver looks for")
     if isinstance(error, NotImplementedError | ImportError | IsADirectoryError | TypeError | ValueError):
-        return InputError(f"{shown}: cannot be read ({reason}); check the URL")
+        return SetupError(f"{shown}: cannot be read ({reason}); check the URL")
     if isinstance(status, int):
-        return temporary_status(status, getattr(error, "headers", None) or {}) or InputError(
+        return temporary_status(status, getattr(error, "headers", None) or {}) or SetupError(
             f"{shown}: the server refuses to send it (HTTP status {status}); check the URL"
         )
     return TemporaryError(reason)
