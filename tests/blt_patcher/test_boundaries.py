@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -24,6 +26,7 @@ from blt_patcher import (
     patch_document,
     patch_documents,
 )
+from blt_patcher.thresholds import comparison, finite_float16
 
 Scored = tuple[bytes, npt.NDArray[np.float16]]
 
@@ -90,9 +93,9 @@ def test_more_bytes_never_change_the_patches_of_a_prefix(
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
-def test_blocks_leave_no_seam(scheme: PatchScheme) -> None:
+def test_words_leave_no_seam(scheme: PatchScheme) -> None:
     rng = np.random.default_rng(7)
-    sizes = [kernels.BLOCK - 2, kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 1, 3 * kernels.BLOCK + 5, 0, 1]
+    sizes = [*range(kernels.WORD - 4, kernels.WORD + 3), *range(2 * kernels.WORD - 4, 2 * kernels.WORD + 3), 700, 0, 1]
     documents = [rng.choice(np.frombuffer(b"abc 12.\n\xc3\xa9", np.uint8), size).tobytes() for size in sizes]
     entropies = [rng.exponential(1.4, size + 2).astype(np.float16) for size in sizes]
     content, offsets = join(documents)
@@ -167,8 +170,8 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         patch_documents(scheme, content, offsets)
     with pytest.raises(InputError, match="one value for each of the 5 framed tokens"):
         patch_documents(scheme, content, offsets, np.ones(4, np.float16))
-    with pytest.raises(InputError, match="float32"):
-        patch_documents(scheme, content, offsets, np.ones(5, np.float32))
+    with pytest.raises(InputError, match="float64"):
+        patch_documents(scheme, content, offsets, np.ones(5))
     with pytest.raises(InputError, match="content must be a uint8 vector"):
         patch_documents(ByteScheme(), content.astype(np.int16), offsets)
     with pytest.raises(InputError, match="content_offsets must rise"):
@@ -187,12 +190,23 @@ def test_no_documents() -> None:
     assert patched.offsets.tolist() == [0]
 
 
-def test_every_float16_sorts_like_its_number() -> None:
-    values = boundaries.finite_float16()
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_integers_decide_like_rounded_numbers(dtype: type[np.floating[Any]]) -> None:
+    values = finite_float16()
     assert values.size == 2 * 0x7C00 - 1
     assert bool(np.all(np.diff(values.astype(np.float64)) > 0))
-    assert bool(np.all(np.diff(boundaries.order_key(values).astype(np.int64)) > 0))
-    # The fixed-point form of every one of them, through the kernel that uses it.
-    bits = values.view(np.uint16)
-    exact = np.array([kernels._fixed_point(np.int64(b)) for b in bits[::37]])
-    np.testing.assert_array_equal(exact, values[::37].astype(np.float64) * 2.0**24)
+    rng = np.random.default_rng(19)
+    exact = values.astype(np.float64)
+    picks = rng.choice(values.size - 1, 300)
+    nats = np.concatenate([values, -values[values == 0]]).astype(dtype)
+    if dtype is np.float32:
+        # Between neighbours, at ties and next to them; all that still rounds to a finite number.
+        middles = ((exact[:-1] + exact[1:]) / 2).astype(np.float32)
+        beside = [np.nextafter(middles, np.float32(sign * np.inf)) for sign in (-1, 1)]
+        edge = np.nextafter(np.float32(65520), np.float32(0))
+        nats = np.concatenate([nats, middles, *beside, [edge, -edge]]).astype(np.float32)
+    rounded = nats.astype(np.float16).astype(np.float64)
+    for threshold in [*exact[picks], *(exact[picks] + exact[picks + 1]) / 2, 0.0, -0.0, 1e-12, -1e-12, 1e300, -1e300]:
+        flip, key = comparison(float(threshold), 8 * nats.itemsize)
+        patterns = nats.view(f"i{nats.itemsize}") ^ flip
+        np.testing.assert_array_equal(patterns > key, rounded > threshold)

@@ -15,8 +15,8 @@ from tests.blt_patcher.plain import patch_plainly
 from blt_data import Manifest, ShardDirectory, ShardKind, write_manifest, write_shard
 from blt_data.errors import InputError
 from blt_patcher import EntropyCombinedScheme, EntropyMonotonicScheme, EntropyScheme
-from blt_patcher.boundaries import finite_float16
 from blt_patcher.calibrate import EntropyBasedScheme, calibrate, take_sample, with_threshold
+from blt_patcher.thresholds import finite_float16
 
 CASES: list[tuple[EntropyBasedScheme, str]] = [
     (EntropyScheme(threshold=9.0), "threshold"),

@@ -30,8 +30,8 @@ def test_json_form_comes_back(scheme: PatchScheme) -> None:
 
 
 def test_names_and_frozenness() -> None:
-    assert sorted(SCHEMES) == ["byte", "entropy", "entropy-combined", "entropy-monotonic", "space", "static"]
-    assert [name for name, cls in SCHEMES.items() if not cls.needs_entropies] == ["space", "static", "byte"]
+    assert sorted(SCHEMES) == ["bpe", "byte", "entropy", "entropy-combined", "entropy-monotonic", "space", "static"]
+    assert [name for name, cls in SCHEMES.items() if not cls.needs_entropies] == ["space", "static", "byte", "bpe"]
     scheme = EntropyScheme(threshold=1.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         scheme.threshold = 2.0  # type: ignore[misc]
@@ -71,7 +71,7 @@ def test_impossible_patch_lengths_are_refused(length: object) -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"scheme": "bpe", "version": 1}, "'bpe' is unknown; the schemes are entropy, "),
+        ({"scheme": "word", "version": 1}, "'word' is unknown; the schemes are entropy, "),
         ({"version": 1}, "None is unknown"),
         ({"scheme": "byte", "version": 2}, "reads version 1"),
         ({"scheme": "byte"}, "has version None"),

@@ -7,33 +7,38 @@ by byte. The inner loops are in `kernels`.
 from __future__ import annotations
 
 import itertools
-import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from blt_data.errors import InputError
 from blt_patcher import kernels
-from blt_patcher.schemes import (
+from blt_patcher.arrays import ArrayLike, as_array
+from blt_patcher.rules import (
     ByteScheme,
     EntropyCombinedScheme,
     EntropyMonotonicScheme,
     EntropyScheme,
+    FlagScheme,
     PatchScheme,
     SpaceScheme,
     StaticScheme,
 )
+from blt_patcher.thresholds import comparison
+from blt_patcher.windows import framed_offsets
 
 #: Below this many tokens a second thread costs more than it saves.
 TOKENS_PER_THREAD: Final = 1 << 21
 
-_INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
+
+_NO_BITS: Final = np.empty(0, dtype=np.uint16)
+_NO_DATA: Final = np.empty(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +56,28 @@ class PatchedDocuments:
         return self.lengths[self.offsets[index] : self.offsets[index + 1]]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sequences:
+    """What the kernels read: D token sequences end to end, checked."""
+
+    token_offsets: npt.NDArray[np.int64]
+    """int64 [D + 1] where each sequence's tokens begin, from 0 to T."""
+
+    bits: npt.NDArray[Any]
+    """uint16 or uint32 [T] patterns of the entropies, where the scheme reads them itself."""
+
+    data: npt.NDArray[np.uint8]
+    """uint8: the bytes, or a flag for each token."""
+
+    data_offsets: npt.NDArray[np.int64]
+    """int64 [D + 1] where each sequence begins in `data`."""
+
+
 def patch_documents(
     scheme: PatchScheme,
-    content: npt.NDArray[np.uint8],
-    content_offsets: npt.NDArray[np.int64],
-    entropies: npt.NDArray[np.float16] | None = None,
+    content: ArrayLike,
+    content_offsets: ArrayLike,
+    entropies: ArrayLike | None = None,
     *,
     threads: int | None = None,
 ) -> PatchedDocuments:
@@ -63,49 +85,76 @@ def patch_documents(
 
     Args:
         scheme: the rule.
-        content: uint8 [N] the documents' bytes, end to end.
+        content: uint8 [N] the documents' bytes, end to end. Like the other arrays a NumPy array or anything that
+            lends its memory by DLPack, such as a torch tensor on the CPU; nothing is copied.
         content_offsets: int64 [D + 1] document d is content[content_offsets[d]:content_offsets[d + 1]].
-        entropies: float16 [N + 2D] nats after each framed token, document by document, N counting the bytes between
-            the first and last offset. Needed by the entropy schemes, ignored by the others.
+        entropies: float16 or float32 [N + 2D] nats after each framed token, document by document, N counting the bytes
+            between the first and last offset. Decisions are taken on the values rounded to float16. Needed by the
+            entropy schemes, ignored by those that need none.
         threads: how many threads to use; None takes `default_threads()`, and fewer where there is little to do.
 
     Returns:
         The patch lengths.
 
     Raises:
-        InputError: the arrays do not fit each other, the scheme needs entropies that are not given, or an entropy is
-            not finite.
+        InputError: the arrays do not fit each other, the scheme needs entropies that are not given, an entropy is not
+            finite as float16, or a user's scheme gives no boundaries.
     """
-    pieces, counts = _patch_ranges(scheme, content, content_offsets, entropies, threads)
-    offsets = np.zeros(counts.size + 1, dtype=np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return PatchedDocuments(lengths=pieces[0] if len(pieces) == 1 else np.concatenate(pieces), offsets=offsets)
+    return _patched(scheme, _documents(scheme, content, content_offsets, entropies), threads)
+
+
+def patch_lengths(
+    entropies: ArrayLike, offsets: ArrayLike, scheme: PatchScheme, *, threads: int | None = None
+) -> PatchedDocuments:
+    """Cut sequences of scored tokens into patches, by a scheme that reads no bytes.
+
+    The tokens need no EOS, so that rows of `[BOS, bytes…]`, as models take them, can be patched as they are.
+
+    Args:
+        entropies: float16 or float32 [T] nats after each token, sequence by sequence.
+        offsets: int64 [D + 1] sequence d is entropies[offsets[d]:offsets[d + 1]]; one of no tokens has no patches.
+        scheme: an entropy scheme, `static` or `byte`.
+        threads: how many threads to use; None takes `default_threads()`, and fewer where there is little to do.
+
+    Returns:
+        The patch lengths; those of a sequence sum to its number of tokens.
+
+    Raises:
+        InputError: the arrays do not fit each other, an entropy is not finite as float16, or the scheme reads bytes.
+    """
+    if isinstance(scheme, (SpaceScheme, FlagScheme)):
+        raise InputError(f"scheme {scheme.name} reads bytes; patch with patch_documents")
+    nats, bounds = as_array(entropies, "entropies"), as_array(offsets, "offsets")
+    _check_offsets("offsets", bounds, nats.size)
+    nats = nats[bounds[0] : bounds[-1]]
+    token_offsets = bounds - bounds[0]
+    return _patched(scheme, _scored(scheme, token_offsets, nats), threads)
 
 
 def count_patches(
     scheme: PatchScheme,
-    content: npt.NDArray[np.uint8],
-    content_offsets: npt.NDArray[np.int64],
-    entropies: npt.NDArray[np.float16] | None = None,
+    content: ArrayLike,
+    content_offsets: ArrayLike,
+    entropies: ArrayLike | None = None,
     *,
     threads: int | None = None,
 ) -> int:
     """Return how many patches `patch_documents` would make of all documents together; same arguments and errors."""
-    _, counts = _patch_ranges(scheme, content, content_offsets, entropies, threads)
+    _, counts = _run(scheme, _documents(scheme, content, content_offsets, entropies), threads, write=False)
     return int(counts.sum())
 
 
 def patch_document(
     scheme: PatchScheme,
-    content: bytes | npt.NDArray[np.uint8],
-    entropies: npt.NDArray[np.float16] | None = None,
+    content: bytes | ArrayLike,
+    entropies: ArrayLike | None = None,
 ) -> npt.NDArray[np.uint16]:
     """Cut one document into patches.
 
     Args:
         scheme: the rule.
         content: the document's N bytes.
-        entropies: float16 [N + 2] nats after each framed token, where the scheme needs them.
+        entropies: float16 or float32 [N + 2] nats after each framed token, where the scheme needs them.
 
     Returns:
         uint16 [P] patch lengths, summing to N + 2.
@@ -113,7 +162,7 @@ def patch_document(
     Raises:
         InputError: as `patch_documents`.
     """
-    data = content if isinstance(content, np.ndarray) else np.frombuffer(content, dtype=np.uint8)
+    data = np.frombuffer(content, dtype=np.uint8) if isinstance(content, bytes) else as_array(content, "content")
     offsets = np.array([0, data.size], dtype=np.int64)
     return patch_documents(scheme, data, offsets, entropies, threads=1).lengths
 
@@ -131,137 +180,150 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _patch_ranges(
-    scheme: PatchScheme,
-    content: npt.NDArray[np.uint8],
-    content_offsets: npt.NDArray[np.int64],
-    entropies: npt.NDArray[np.float16] | None,
-    threads: int | None,
-) -> tuple[list[npt.NDArray[np.uint16]], npt.NDArray[np.int64]]:
+def _patched(scheme: PatchScheme, sequences: _Sequences, threads: int | None) -> PatchedDocuments:
+    """Patch sequences and lay the results end to end."""
+    pieces, counts = _run(scheme, sequences, threads, write=True)
+    offsets = np.zeros(counts.size + 1, dtype=np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return PatchedDocuments(lengths=pieces[0] if len(pieces) == 1 else np.concatenate(pieces), offsets=offsets)
+
+
+def _run(
+    scheme: PatchScheme, sequences: _Sequences, threads: int | None, *, write: bool
+) -> tuple[Sequence[npt.NDArray[np.uint16]], npt.NDArray[np.int64]]:
     """Run the kernel, on a few threads where that pays; return the lengths piece by piece, and counts per document."""
-    tokens = _check_layout(content, content_offsets)
-    bits = np.empty(0, dtype=np.uint16)
-    if scheme.needs_entropies:
-        bits = _entropy_bits(scheme, tokens, entropies)
-    rule, p, q = _kernel_arguments(scheme)
-    counts = np.empty(content_offsets.size - 1, dtype=np.int64)
+    rule, flip, key, relative = _kernel_arguments(scheme, 8 * sequences.bits.itemsize)
+    offsets = sequences.token_offsets
+    counts = np.empty(offsets.size - 1, dtype=np.int64)
+    # All read-only, or each mixture of kinds would be compiled for itself.
+    data, bits = _for_kernels(sequences.data), _for_kernels(sequences.bits)
+    arrays = (_read_only(sequences.data_offsets), bits, _read_only(offsets))
 
     def run(bounds: tuple[int, int]) -> npt.NDArray[np.uint16]:
         begin, end = bounds
         # One place per token is room for any patching; memory that no length reaches is never touched.
-        room = np.empty(int(content_offsets[end] - content_offsets[begin]) + 2 * (end - begin), dtype=np.uint16)
+        room = np.empty(int(offsets[end] - offsets[begin]) + kernels.SLACK if write else 0, dtype=np.uint16)
         broken = kernels.patch_range(
-            rule, content, content_offsets, bits, p, q, scheme.length_limit, begin, end, room, counts
+            rule, data, *arrays, flip, key, relative, scheme.length_limit, begin, end, room, counts
         )
         if broken >= 0:
             raise InputError(
                 f"document {broken} has an entropy that is not a finite number; score it again with a sound model"
             )
-        return room[: int(counts[begin:end].sum())]
+        return room[: int(counts[begin:end].sum())] if write else room
 
-    ranges = _split_documents(content_offsets, tokens, threads)
+    ranges = _split_documents(offsets, threads)
     if len(ranges) == 1:
         return [run(ranges[0])], counts
     with ThreadPoolExecutor(len(ranges), thread_name_prefix="blt-patch") as pool:
         return list(pool.map(run, ranges)), counts
 
 
-def _check_layout(content: npt.NDArray[np.uint8], content_offsets: npt.NDArray[np.int64]) -> int:
-    """Check content and offsets against each other; return the number of framed tokens."""
-    if content.dtype != np.uint8 or content.ndim != 1:
-        raise InputError(f"content must be a uint8 vector, not {content.dtype} of shape {content.shape}")
-    if content_offsets.dtype != np.int64 or content_offsets.ndim != 1 or content_offsets.size == 0:
-        raise InputError(
-            f"content_offsets must be an int64 vector of documents + 1 values, not {content_offsets.dtype} of shape "
-            f"{content_offsets.shape}"
+def _documents(
+    scheme: PatchScheme, content: ArrayLike, content_offsets: ArrayLike, entropies: ArrayLike | None
+) -> _Sequences:
+    """Check content, offsets and entropies against each other; return what the kernels read."""
+    data, bounds = as_array(content, "content"), as_array(content_offsets, "content_offsets")
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise InputError(f"content must be a uint8 vector, not {data.dtype} of shape {data.shape}")
+    _check_offsets("content_offsets", bounds, data.size)
+    token_offsets = framed_offsets(bounds)
+    nats = None
+    if scheme.needs_entropies:
+        if entropies is None:
+            raise InputError(f"scheme {scheme.name} needs entropies; score the documents with an entropy model first")
+        nats = as_array(entropies, "entropies")
+    if isinstance(scheme, FlagScheme):
+        if nats is not None:
+            _check_entropies(nats, int(token_offsets[-1]))
+            nats = nats.astype(np.float16, copy=False)
+        flags = scheme.flags(data, bounds, nats)
+        return _Sequences(
+            token_offsets=token_offsets, bits=_NO_BITS, data=flags.view(np.uint8), data_offsets=token_offsets
         )
-    first, last = int(content_offsets[0]), int(content_offsets[-1])
-    if first < 0 or last > content.size or bool(np.any(content_offsets[1:] < content_offsets[:-1])):
-        raise InputError(f"content_offsets must rise from 0 or more to at most the {content.size} bytes of content")
-    return last - first + 2 * (content_offsets.size - 1)
+    if isinstance(scheme, SpaceScheme):
+        return _Sequences(token_offsets=token_offsets, bits=_NO_BITS, data=data, data_offsets=bounds)
+    return _scored(scheme, token_offsets, nats)
 
 
-def _entropy_bits(
-    scheme: PatchScheme, tokens: int, entropies: npt.NDArray[np.float16] | None
-) -> npt.NDArray[np.uint16]:
-    """Check the entropies; return their bit patterns."""
-    if entropies is None:
-        raise InputError(f"scheme {scheme.name} needs entropies; score the documents with an entropy model first")
-    if entropies.dtype != np.float16 or entropies.shape != (tokens,):
+def _scored(
+    scheme: PatchScheme, token_offsets: npt.NDArray[np.int64], entropies: npt.NDArray[Any] | None
+) -> _Sequences:
+    """Return what the kernels read of sequences whose bytes do not matter."""
+    bits = _NO_BITS
+    if scheme.needs_entropies and entropies is not None:
+        _check_entropies(entropies, int(token_offsets[-1]))
+        bits = np.ascontiguousarray(entropies).view(np.uint16 if entropies.dtype == np.float16 else np.uint32)
+    return _Sequences(token_offsets=token_offsets, bits=bits, data=_NO_DATA, data_offsets=token_offsets)
+
+
+def _check_offsets(name: str, offsets: npt.NDArray[Any], size: int) -> None:
+    """Refuse offsets that are none, or that pass the end of what they point into."""
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or offsets.size == 0:
         raise InputError(
-            f"entropies must be a float16 vector of one value for each of the {tokens} framed tokens, not "
+            f"{name} must be an int64 vector of documents + 1 values, not {offsets.dtype} of shape {offsets.shape}"
+        )
+    if int(offsets[0]) < 0 or int(offsets[-1]) > size or bool(np.any(offsets[1:] < offsets[:-1])):
+        what = "bytes of content" if name == "content_offsets" else "entropies"
+        raise InputError(f"{name} must rise from 0 or more to at most the {size} {what}")
+
+
+def _check_entropies(entropies: npt.NDArray[Any], tokens: int) -> None:
+    """Refuse entropies of another type or number."""
+    if entropies.dtype not in (np.float16, np.float32) or entropies.shape != (tokens,):
+        raise InputError(
+            f"entropies must be a float16 or float32 vector of one value for each of the {tokens} framed tokens, not "
             f"{entropies.dtype} of shape {entropies.shape}"
         )
-    return entropies.view(np.uint16)
 
 
-def _split_documents(content_offsets: npt.NDArray[np.int64], tokens: int, threads: int | None) -> list[tuple[int, int]]:
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a view that cannot be written to, contiguous."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def _for_kernels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array that whole words can be read from."""
+    if array.size < kernels.SLACK:
+        array = np.concatenate([array, np.zeros(kernels.SLACK - array.size, dtype=array.dtype)])
+    return _read_only(array)
+
+
+def _split_documents(token_offsets: npt.NDArray[np.int64], threads: int | None) -> list[tuple[int, int]]:
     """Cut the documents into runs of about equally many tokens, one for each thread worth starting."""
-    documents = content_offsets.size - 1
+    documents, tokens = token_offsets.size - 1, int(token_offsets[-1])
     wanted = default_threads() if threads is None else threads
     if wanted < 1:
         raise InputError(f"threads is {wanted}; it must be at least 1")
     parts = max(1, min(wanted, tokens // TOKENS_PER_THREAD, documents))
-    token_offsets = content_offsets - content_offsets[0] + 2 * np.arange(documents + 1, dtype=np.int64)
     cuts = np.searchsorted(token_offsets, np.arange(1, parts) * (tokens / parts))
     edges = [0, *(int(cut) for cut in cuts), documents]
     return list(itertools.pairwise(edges))
 
 
-def _kernel_arguments(scheme: PatchScheme) -> tuple[int, int, int]:
-    """Return the rule's number and its two parameters, as `kernels.patch_range` takes them."""
-    match scheme:
-        case EntropyScheme():
-            return kernels.RULE_ENTROPY, order_key_at_most(scheme.threshold), 0
-        case EntropyMonotonicScheme():
-            return kernels.RULE_MONOTONIC, _INT64_MIN, _fixed_point_at_most(scheme.relative_threshold)
-        case EntropyCombinedScheme():
-            threshold = _fixed_point_at_most(scheme.threshold)
-            return kernels.RULE_COMBINED, threshold, _fixed_point_at_most(scheme.relative_threshold)
-        case SpaceScheme():
-            return kernels.RULE_SPACE, 0, 0
-        case StaticScheme():
-            return kernels.RULE_STATIC, min(scheme.patch_length, _INT64_MAX), 0
-        case ByteScheme():
-            return kernels.RULE_BYTE, 0, 0
-
-
-def order_key(values: npt.NDArray[np.float16]) -> npt.NDArray[np.int16]:
-    """Return integers that sort like float16 numbers, with -0 just below +0.
+def _kernel_arguments(scheme: PatchScheme, width: int) -> tuple[int, int, int, float]:
+    """Return the rule's number and its parameters, as `kernels.patch_range` takes them.
 
     Args:
-        values: float16 of any shape, no NaN.
-
-    Returns:
-        int16 of the same shape.
+        scheme: the rule.
+        width: bits of an entropy.
     """
-    signed = values.view(np.int16)
-    return signed ^ ((signed >> 15) & np.int16(0x7FFF))
-
-
-@lru_cache(maxsize=1)
-def finite_float16() -> npt.NDArray[np.float16]:
-    """Return every finite float16 in rising order, zero once: float16 [63487], read-only."""
-    magnitudes = np.arange(0x7C00, dtype=np.uint16).view(np.float16)
-    values = np.concatenate([-magnitudes[:0:-1], magnitudes])
-    values.flags.writeable = False
-    return values
-
-
-@lru_cache(maxsize=256)
-def order_key_at_most(threshold: float) -> int:
-    """Return the key of the largest float16 not above a threshold, so that key(H) > it exactly if H > threshold.
-
-    A threshold below every finite float16 gives the least int16, which no finite number's key reaches.
-    """
-    values = finite_float16()
-    index = int(np.searchsorted(values.astype(np.float64), threshold, side="right")) - 1
-    return -(2**15) if index < 0 else int(order_key(values[index : index + 1])[0])
-
-
-def _fixed_point_at_most(threshold: float) -> int:
-    """Return floor(threshold · 2²⁴) as an int64: scaling by a power of two is exact, and the clamp is out of reach."""
-    scaled = threshold * 2.0**kernels.FIXED_POINT_BITS
-    if scaled >= _INT64_MAX:
-        return _INT64_MAX
-    return _INT64_MIN if scaled <= _INT64_MIN else math.floor(scaled)
+    match scheme:
+        case EntropyScheme(threshold=threshold):
+            return kernels.RULE_ENTROPY, *comparison(threshold, width), 0.0
+        case EntropyMonotonicScheme(relative_threshold=relative):
+            return kernels.RULE_MONOTONIC, 0, 0, float(relative)
+        case EntropyCombinedScheme(threshold=threshold, relative_threshold=relative):
+            return kernels.RULE_COMBINED, *comparison(threshold, width), float(relative)
+        case SpaceScheme():
+            return kernels.RULE_SPACE, 0, 0, 0.0
+        case StaticScheme(patch_length=length):
+            return kernels.RULE_STATIC, 0, min(length, _INT64_MAX), 0.0
+        case ByteScheme():
+            return kernels.RULE_STATIC, 0, 1, 0.0
+        case FlagScheme():
+            return kernels.RULE_FLAGS, 0, 0, 0.0
+        case _:
+            raise InputError(f"{type(scheme).__name__} is no scheme to patch by; derive it from FlagScheme")

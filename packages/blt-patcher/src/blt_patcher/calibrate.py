@@ -21,8 +21,9 @@ import numpy.typing as npt
 from blt_data import ShardDirectory
 from blt_data.errors import InputError
 from blt_data.framing import FRAME_TOKENS
-from blt_patcher.boundaries import count_patches, finite_float16
+from blt_patcher.boundaries import count_patches
 from blt_patcher.schemes import EntropyCombinedScheme, EntropyMonotonicScheme, EntropyScheme, scheme_to_json
+from blt_patcher.thresholds import finite_float16
 from blt_patcher.windows import framed_offsets
 
 EntropyBasedScheme = EntropyScheme | EntropyMonotonicScheme | EntropyCombinedScheme

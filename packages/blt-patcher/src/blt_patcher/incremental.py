@@ -10,7 +10,7 @@ import numpy as np
 
 from blt_data.errors import InputError
 from blt_data.framing import BYTE_OFFSET, VOCABULARY_SIZE
-from blt_patcher.schemes import (
+from blt_patcher.rules import (
     EntropyCombinedScheme,
     EntropyMonotonicScheme,
     EntropyScheme,
