@@ -7,8 +7,10 @@ import logging
 import click
 
 from blt_patcher.commands.calibrate import calibrate_command
+from blt_patcher.commands.compare import compare_command
 from blt_patcher.commands.precompute import precompute_command
 from blt_patcher.commands.repatch import repatch_command
+from blt_patcher.commands.show import show_command
 from blt_patcher.commands.stats import stats_command
 
 
@@ -20,7 +22,14 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-for _command in (calibrate_command, precompute_command, repatch_command, stats_command):
+for _command in (
+    calibrate_command,
+    precompute_command,
+    repatch_command,
+    stats_command,
+    show_command,
+    compare_command,
+):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from blt_data import Manifest, ShardDirectory
-from blt_data.errors import InputError
 from blt_data.framing import FRAME_TOKENS
+from blt_patcher.drift import target_patch_length
 from blt_patcher.schemes import LONGEST_PATCH
 
 #: Quantiles shown.
@@ -21,6 +21,9 @@ QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SINGLE_BARS: Final = 16
 
 _BAR_WIDTH: Final = 50
+
+#: Width of a bar where two stand side by side.
+_HALF_BAR: Final = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,27 +82,21 @@ class PatchStats:
 
 
 def collect_stats(directory: ShardDirectory, *, advance: Callable[[int], None] | None = None) -> PatchStats:
-    """Count the patch lengths of every document.
+    """Count the patch lengths of every document, verifying every shard's checksums on the way.
 
     Args:
         directory: patched shards.
-        advance: called with the number of shards done.
+        advance: called with the number of content bytes done.
 
     Raises:
         InputError: these are byte shards, or a shard is damaged.
     """
     counts = np.zeros(LONGEST_PATCH + 1, dtype=np.int64)
     for index, entry in enumerate(directory.manifest.shards):
-        _, lengths = directory.shard(index).patch_column()
-        here = np.bincount(lengths, minlength=counts.size)
-        if int(here @ np.arange(counts.size)) != entry.bytes + FRAME_TOKENS * entry.documents:
-            raise InputError(
-                f"{directory.path / entry.name}: its patches do not cover its documents; delete it and "
-                "run blt-patch precompute again"
-            )
-        counts += here
+        _, lengths = directory.verified_shard(index).patch_column()
+        counts += np.bincount(lengths, minlength=counts.size)
         if advance is not None:
-            advance(1)
+            advance(entry.bytes)
     return PatchStats(documents=directory.manifest.documents, bytes=directory.manifest.bytes, counts=counts)
 
 
@@ -115,6 +112,21 @@ def draw_histogram(stats: PatchStats) -> str:
         f"{name:>{width}} {100 * count / stats.patches:6.2f}% {_bar(count / tallest)}".rstrip()
         for name, (_, _, count) in zip(names, bars, strict=True)
     )
+
+
+def draw_histograms_side_by_side(a: PatchStats, b: PatchStats) -> str:
+    """Return two histograms as text, one line a length: the share of patches and a bar for A, the same for B."""
+    bars = paired_bars([a, b])
+    if not bars:
+        return "(no patches)"
+    tallest = max(share for _, _, shares in bars for share in shares)
+    names = [f"{low}" if low == high else f"{low}–{high}" for low, high, _ in bars]
+    width = max(6, *(len(name) for name in names))
+    lines = [f"{'length':>{width}}    A {'':{_HALF_BAR}}      B"]
+    for name, (_, _, shares) in zip(names, bars, strict=True):
+        left, right = (f"{100 * share:6.2f}% {_bar(share / tallest, _HALF_BAR):{_HALF_BAR}}" for share in shares)
+        lines.append(f"{name:>{width}} {left} {right}".rstrip())
+    return "\n".join(lines)
 
 
 def _bar_ranges(longest: int) -> list[tuple[int, int]]:
@@ -136,9 +148,9 @@ def paired_bars(stats: Sequence[PatchStats]) -> list[tuple[int, int, list[float]
     ]
 
 
-def _bar(share: float) -> str:
+def _bar(share: float, width: int = _BAR_WIDTH) -> str:
     """Return a bar of eighths of a character; anything above nothing shows."""
-    eighths = round(share * _BAR_WIDTH * 8) or int(share > 0)
+    eighths = round(share * width * 8) or int(share > 0)
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
 
 
@@ -153,6 +165,9 @@ def provenance_rows(manifest: Manifest) -> dict[str, object]:
             for key, value in scheme.items()
             if key != "version" and value is not None
         )
+    target = target_patch_length(manifest)
+    if target is not None:
+        rows["target patch length"] = f"{target:g}"
     if isinstance(model, dict):
         rows["entropy model"] = str(model.get("fingerprint"))[:16]
     return rows

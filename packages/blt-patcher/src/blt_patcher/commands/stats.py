@@ -9,6 +9,8 @@ import click
 
 from blt_data import ShardDirectory, ShardKind
 from blt_data.console import friendly_errors, print_table, progress
+from blt_patcher.commands.results import warn_of_drift
+from blt_patcher.drift import target_patch_length
 from blt_patcher.stats import QUANTILES, collect_stats, draw_histogram, provenance_rows
 
 
@@ -17,12 +19,16 @@ from blt_patcher.stats import QUANTILES, collect_stats, draw_histogram, provenan
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table and a histogram.")
 @friendly_errors
 def stats_command(patched_shards: Path, as_json: bool) -> None:
-    """Tell how long the patches in DIR are: mean, quantiles, histogram. Lengths are in framed tokens."""
+    """Tell how long the patches in DIR are: mean, quantiles, histogram. Lengths are in framed tokens.
+
+    Checksums are verified, and a warning tells if the mean is far from the one the threshold was calibrated for.
+    """
     directory = ShardDirectory.open(patched_shards, kind=ShardKind.PATCHED)
-    with progress("counting", len(directory), "shards") as bar:
+    with progress("counting", directory.manifest.bytes, "B") as bar:
         stats = collect_stats(directory, advance=bar.advance)
     if as_json:
-        click.echo(json.dumps(stats.to_json(), indent=1))
+        click.echo(json.dumps({**stats.to_json(), "target": target_patch_length(directory.manifest)}, indent=1))
+        warn_of_drift(directory.manifest)
         return
     rows: dict[str, object] = {
         "documents": stats.documents,
@@ -36,3 +42,4 @@ def stats_command(patched_shards: Path, as_json: bool) -> None:
     print_table(f"patch lengths of {patched_shards}", rows)
     click.echo("\nlength    share of patches")
     click.echo(draw_histogram(stats))
+    warn_of_drift(directory.manifest)
