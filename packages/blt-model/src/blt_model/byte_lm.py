@@ -130,9 +130,10 @@ class ByteLM(nn.Module):
         trunk = self.config.transformer
         weight = self.embedding.weight
         shape = (trunk.num_layers, self.carried, trunk.kv_heads, trunk.head_dim)
-        zero = torch.zeros((), dtype=torch.int64, device=weight.device)
-        empty = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        return StreamState(empty, empty, zero, zero)
+        # No tensor stands for two: compiled code would be made once more for the first window.
+        keys, values = (torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device) for _ in range(2))
+        valid, position = (torch.zeros((), dtype=torch.int64, device=weight.device) for _ in range(2))
+        return StreamState(keys, values, valid, position)
 
     def stream(
         self, tokens: Tensor, document_offsets: Tensor, state: StreamState | None = None

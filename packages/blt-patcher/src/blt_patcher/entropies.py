@@ -250,7 +250,11 @@ class EntropyScorer:
 
     def _to_device(self, window: Window) -> tuple[Tensor, Tensor]:
         """Return a window's tokens and context offsets on the device."""
-        tokens, offsets = torch.from_numpy(window.tokens), torch.from_numpy(window.context_offsets)
+        places = window.context_offsets
+        if self._compiled:
+            # Contexts of no token: code compiled for any number of contexts is compiled for three and more.
+            places = np.pad(places, (0, 2), mode="edge")
+        tokens, offsets = torch.from_numpy(window.tokens), torch.from_numpy(places)
         if self.device.type == "cuda":
             # The pinned copies come from torch's cache of pinned memory, which keeps them until the transfer is over.
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
