@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from blt_data.commands.inspect import inspect_command
+from blt_data.commands.merge import merge_command
 from blt_data.commands.prepare import prepare_command
 from blt_data.commands.verify import verify_command
 
@@ -15,7 +16,7 @@ def main() -> None:
     """Turn documents into Arrow byte shards for byte-level language models."""
 
 
-for _command in (prepare_command, verify_command, inspect_command):
+for _command in (prepare_command, verify_command, inspect_command, merge_command):
     main.add_command(_command)
 
 
