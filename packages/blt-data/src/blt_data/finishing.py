@@ -1,4 +1,4 @@
-"""The last step of a run: staged shards get their final names in source order, then the manifests are written.
+"""The last step of a job: staged shards get their final names in order, then the manifests are written.
 
 Staged files are linked, not moved, so that the step can begin anew at any time: whatever an interrupted attempt left
 under final names is removed and made again.
@@ -17,79 +17,100 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from blt_data.errors import InputError
-from blt_data.shards import JSON, MANIFEST_NAME, Manifest, Shard, ShardEntry, ShardKind, write_manifest
+from blt_data.gather import Documents, GatherOptions, source_column, write_documents
+from blt_data.groups import GroupPlan
+from blt_data.jobs import Job
+from blt_data.ordering import MAX_DOCUMENTS
+from blt_data.records import StepCount
+from blt_data.shards import MANIFEST_NAME, Manifest, Shard, ShardEntry, ShardKind, write_manifest
 from blt_data.shards.files import remove_temporaries
-from blt_data.shards.schema import CONTENT, DOCUMENT_ID
+from blt_data.shards.schema import CONTENT, DOCUMENT_ID, SOURCE
 from blt_data.skips import Skips
 from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory
-from blt_data.staging import MAX_DOCUMENTS, read_record, write_byte_shard
 
 Staged: TypeAlias = tuple[Path, ShardEntry]
 
 
-def finish(
-    output: Path,
-    folders: Sequence[Path],
-    *,
-    provenance: Mapping[str, Mapping[str, JSON]],
-    skipped: Mapping[str, int],
-    source_name: str,
-    shard_bytes: int,
-) -> dict[Path, Manifest]:
-    """Make the shard directories of a run whose tasks are all finished.
+def finish_job(job: Job, plan: GroupPlan) -> dict[Path, Manifest]:
+    """Make the shard directories of a job whose tasks are all finished, and remove its work directory's files.
 
     Args:
-        output: the run's output.
-        folders: the tasks' folders, in source order.
-        provenance: split to its provenance, for each split of the run.
-        skipped: reason to number of source files left out.
-        source_name: the `source` of every document.
-        shard_bytes: content bytes up to which neighbouring small shards become one.
+        job: the job.
+        plan: its gather tasks.
 
     Returns:
         Shard directory to its manifest.
 
     Raises:
-        InputError: a split has no document.
+        InputError: a gather task is not finished, or a split has no document.
         OSError: a shard cannot be written.
     """
-    staged: dict[str, list[Staged]] = {split: [] for split in provenance}
-    counts = Skips()
-    for reason, count in skipped.items():
-        counts.add(reason, count=count, bytes=0)
-    for folder in folders:
-        record = read_record(folder)
+    staged: dict[str, list[Staged]] = {split: [] for split in job.scatter.splits}
+    skipped = skipped_before(job, plan)
+    for group in range(len(plan)):
+        record = job.gathered(plan, group)
         if record is None:
-            raise RuntimeError(f"{folder}: the task ended without its record")
-        for reason, count in record.skipped.items():
-            counts.add(reason, count=count, bytes=0)
+            raise InputError(f"{job.output}: not every shard is written; run the stage before the last one to its end")
+        skipped.merge(record.skipped)
+        folder = job.gather_folder(plan, group)
         for split, entries in record.splits.items():
             staged[split] += [(folder / entry.name, entry) for entry in entries]
-    _check_not_empty(staged, source_name)
-    _remove_unfinished(output)
+    _check_not_empty(staged, job.source)
+    _remove_unfinished(job.output)
     manifests = {}
     for split, items in staged.items():
-        directory = split_directory(output, split)
+        directory = split_directory(job.output, split)
         directory.mkdir(exist_ok=True)
         placed = tuple(
-            _place(group, directory / f"shard-{index:05d}.arrow", source_name, provenance[split])
-            for index, group in enumerate(_groups(items, shard_bytes))
+            _place(group, directory / f"shard-{index:05d}.arrow", split, job.gather)
+            for index, group in enumerate(_groups(items, job.gather.shard_bytes))
         )
         manifests[directory] = Manifest(
-            kind=ShardKind.BYTES,
-            shards=placed,
-            provenance=provenance[split],
-            skipped=counts,
+            kind=ShardKind.BYTES, shards=placed, provenance=job.gather.provenance[split], skipped=skipped
         )
     for directory, manifest in manifests.items():
         write_manifest(directory, manifest)
     return manifests
 
 
-def _check_not_empty(staged: Mapping[str, Sequence[Staged]], source_name: str) -> None:
+def skipped_before(job: Job, plan: GroupPlan) -> Skips:
+    """Return what was left out before gathering: files, bad rows, and what the user's steps dropped.
+
+    Args:
+        job: the job.
+        plan: its gather tasks.
+    """
+    skipped = Skips()
+    skipped.merge(job.skipped)
+    for task in plan.spilled:
+        skipped.merge(task.record.skipped)
+    for step in steps_of(plan):
+        documents, size = step.documents_in - step.documents_out, step.bytes_in - step.bytes_out
+        if documents > 0 or size > 0:
+            skipped.add(f"dropped by {step.name}", count=max(0, documents), bytes=max(0, size))
+    return skipped
+
+
+def steps_of(plan: GroupPlan) -> tuple[StepCount, ...]:
+    """Return what the user's steps did, summed over all tasks.
+
+    Args:
+        plan: of the job.
+    """
+    totals: list[StepCount] = []
+    for task in plan.spilled:
+        for index, step in enumerate(task.record.steps):
+            if index == len(totals):
+                totals.append(step)
+            else:
+                totals[index] = totals[index].plus(step)
+    return tuple(totals)
+
+
+def _check_not_empty(staged: Mapping[str, Sequence[Staged]], source: str) -> None:
     documents = {split: sum(entry.documents for _, entry in items) for split, items in staged.items()}
     if not sum(documents.values()):
-        raise InputError(f"the source ({source_name}) holds no documents; name one that does")
+        raise InputError(f"the source ({source}) holds no documents; name one that does")
     for split, count in documents.items():
         if not count:
             raise InputError(
@@ -125,7 +146,7 @@ def _groups(items: Sequence[Staged], shard_bytes: int) -> Iterator[list[Staged]]
         yield group
 
 
-def _place(group: Sequence[Staged], target: Path, source_name: str, provenance: Mapping[str, JSON]) -> ShardEntry:
+def _place(group: Sequence[Staged], target: Path, split: str, options: GatherOptions) -> ShardEntry:
     if len(group) == 1:
         path, entry = group[0]
         try:
@@ -135,10 +156,10 @@ def _place(group: Sequence[Staged], target: Path, source_name: str, provenance: 
             shutil.copyfile(path, target)
         return replace(entry, name=target.name)
     batches = [Shard.open(path).batch for path, _ in group]
-    return write_byte_shard(
-        target,
-        pa.concat_arrays([batch.column(DOCUMENT_ID) for batch in batches]),
-        pa.concat_arrays([batch.column(CONTENT) for batch in batches]),
-        source_name=source_name,
-        provenance=provenance,
+    names = [name for batch in batches for name in batch.column(SOURCE).to_pylist()]
+    documents = Documents(
+        document_ids=pa.concat_arrays([batch.column(DOCUMENT_ID) for batch in batches]),
+        contents=pa.concat_arrays([batch.column(CONTENT) for batch in batches]),
+        sources=source_column(names, options.sources),
     )
+    return write_documents(target, documents, options.provenance[split], options.compression)

@@ -1,40 +1,49 @@
-"""`prepare`: documents of a source into a shard directory, resumable and reproducible.
+"""`prepare`: documents of one or several sources into shard directories, resumable and reproducible.
 
-    OUTPUT/.work/tasks/<key>/   staged shards of one task and its record       (pipeline.py, in parallel)
-    OUTPUT/shard-00000.arrow    the staged shards under their final names      (finishing.py, in one process)
-    OUTPUT/manifest.json        written last
-    OUTPUT/.work                removed
+    scatter   tasks read the source and spill it, sorted into cells         (stages.py, in parallel)
+    gather    tasks put consecutive cells together into staged shards       (stages.py, in parallel)
+    finish    the staged shards get their names, the manifest is written    (finishing.py, in this process)
 
-A run that is killed leaves `.work`; the same command takes over every task that has its record, and finishes anew.
+A run that is killed leaves OUTPUT/.work (see jobs.py); the same command takes over every task that has its record, and
+finishes anew.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+from blt_data.cpus import available_cpus
 from blt_data.errors import InputError
-from blt_data.finishing import finish
-from blt_data.plan import Task, plan_tasks, resolve_sources
-from blt_data.recipe import Recipe, SourceSpec
-from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory, read_manifest
-from blt_data.skips import ErrorPolicy
-from blt_data.sources import Source
-from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory, splits_of_run
-from blt_data.staging import RECORD_NAME, read_record
+from blt_data.executors import Executor, LocalExecutor, TaskFailure
+from blt_data.finishing import finish_job, steps_of
+from blt_data.groups import GroupPlan
+from blt_data.jobs import WORK_NAME, ScatterTask
+from blt_data.limits import Waves
+from blt_data.planning import DEFAULT_SHARD_BYTES, ForeignReader, PlannedJob, PrepareConfig, plan_job
+from blt_data.records import ScatterRecord, StepCount
+from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory
+from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory
+from blt_data.workdir import discard_other_groups, discard_others, finished, working_directory
 
-WORK_NAME: Final = ".work"
+if TYPE_CHECKING:
+    from blt_data.stages import Steps
 
-#: Content bytes per shard unless told otherwise.
-DEFAULT_SHARD_BYTES: Final = 64 << 20
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "PrepareConfig",
+    "PrepareResult",
+    "PrepareStart",
+    "StageStart",
+    "TasksFailedError",
+    "prepare",
+]
 
 #: Bytes to read for which starting another process (about a second) is worth its time.
 _WORKER_BYTES: Final = 100_000_000
@@ -43,36 +52,22 @@ _WORKER_BYTES: Final = 100_000_000
 ProgressSink = Callable[[int, int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
-    """What to prepare and where."""
+class TasksFailedError(InputError):
+    """Tasks were given up; the others are finished, and will not be done again.
 
-    source: str
-    """`python-stdlib`, a file, a directory or a glob."""
-    output: str | os.PathLike[str]
-    """Directory to make; it may hold an unfinished run."""
-    holdout_fraction: float | None = None
-    """Share of documents, between 0 and 1, held out by a hash of their id; None holds out nothing."""
-    limit_bytes: int | None = None
-    """Take the first documents up to this many bytes, whole ones only; they are then read by one process."""
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    """Content bytes at which a shard is full; a larger document has its own."""
-    text_column: str = "text"
-    """Column or key that holds the text."""
-    id_column: str = "id"
-    """Column or key that holds the id; where it is missing, null or empty, `path#row` serves."""
-    source_name: str | None = None
-    """The `source` of every document; None takes the name of the file or directory."""
-    workers: int | None = None
-    """Processes; they change nothing but the time. None takes as many as CPUs, fewer for little data."""
+    Args:
+        failures: what was given up.
+        tasks: how many tasks there were.
+    """
 
-    def __post_init__(self) -> None:
-        if self.holdout_fraction is not None and not 0 < self.holdout_fraction < 1:
-            raise InputError(f"holdout fraction must be between 0 and 1, both excluded, not {self.holdout_fraction}")
-        for name in ("limit_bytes", "shard_bytes", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
+    def __init__(self, failures: Sequence[TaskFailure], tasks: int) -> None:
+        self.failures = tuple(failures)
+        first = failures[0]
+        # Bad input is told in a sentence that names its file itself.
+        message = first.message if first.attempts == 1 else str(first)
+        if len(failures) > 1:
+            message = f"{len(failures)} of {tasks} tasks failed, the first one because: {message}"
+        super().__init__(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +83,39 @@ class PrepareStart:
     """Tasks taken over from a run that did not end."""
     tasks_discarded: int
     """Tasks of an unfinished run with other parameters, other source files or other package versions."""
+    workers: int
+    """Tasks at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStart:
+    """What is known when a stage begins."""
+
+    description: str
+    """What is being done, in a few words."""
+    noun: str
+    """What its tasks are called, in the plural."""
+    tasks: int
+    tasks_done: int
+    """Tasks that an earlier run has done."""
+    bytes: int
+    """Bytes that the stage will tell of."""
+    bytes_done: int
+    """Those of the tasks that an earlier run has done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listener:
+    """Whom a run tells how far it is; all is called in this process."""
+
+    on_start: Callable[[PrepareStart], None] | None = None
+    """Once before reading, unless the output is already complete."""
+    on_stage: Callable[[StageStart], None] | None = None
+    """Once at the beginning of each stage."""
+    on_progress: ProgressSink | None = None
+    """Now and then; the first number is of the bytes that the stage said."""
+    on_task: Callable[[], None] | None = None
+    """After each task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,62 +126,59 @@ class PrepareResult:
     """Shard directory to its manifest: the output itself, or its `train` and `holdout`."""
     already_complete: bool
     """The output was there already, prepared with the same parameters."""
+    steps: tuple[StepCount, ...] = ()
+    """What the steps between reading and writing did."""
+    stats: Any = None
+    """datatrove's `PipelineStats` of those steps, or None."""
 
 
 def prepare(
     config: PrepareConfig,
     *,
-    on_start: Callable[[PrepareStart], None] | None = None,
-    on_progress: ProgressSink | None = None,
+    executor: Executor | None = None,
+    listener: Listener | None = None,
+    steps: Sequence[Any] = (),
+    reader: ForeignReader | None = None,
 ) -> PrepareResult:
     """Write the documents of a source to a shard directory.
 
     Args:
         config: what and where.
-        on_start: called once before reading, unless the output is already complete.
-        on_progress: called now and then in this process.
+        executor: where the tasks run; None takes processes of this machine, as many as the config says.
+        listener: is told how far it is.
+        steps: datatrove blocks through which the documents pass on their way.
+        reader: what gives the documents in place of our reader.
 
     Raises:
+        TasksFailedError: tasks failed, and the others are finished.
         InputError: bad input, or the output holds something else.
         OSError: input cannot be read or output cannot be written.
     """
-    output = Path(config.output)
-    spec = SourceSpec(
-        source=config.source,
-        name=config.source_name,
-        text_column=config.text_column,
-        id_column=config.id_column,
+    listener = listener or Listener()
+    _require_datatrove()
+    planned = plan_job(
+        config,
+        steps=steps,
+        reader=reader,
+        workers=executor.workers if executor is not None else config.workers or available_cpus(),
+        on_one_machine=executor is None or executor.on_one_machine,
     )
-    sources = resolve_sources(Recipe(sources=(spec,)), leave_out=output)
-    source = sources[0].source
-    provenance = _provenance(config, source)
-    if manifests := _finished(output):
-        _check_same(output, next(iter(manifests.values())).provenance, provenance)
+    output = Path(config.output)
+    if manifests := finished(output):
+        check_same(output, next(iter(manifests.values())).provenance, planned.provenance)
         shutil.rmtree(output / WORK_NAME, ignore_errors=True)
         return PrepareResult(manifests=manifests, already_complete=True)
-    _require_datatrove()
-    # A limit on the total of bytes needs one task of everything.
-    shard_bytes = config.shard_bytes if config.limit_bytes is None else 1 << 62
-    tasks = plan_tasks(sources, shard_bytes=shard_bytes, context=provenance, policy=ErrorPolicy()).tasks
-    with _working_directory(output) as work:
-        folders = [work / "tasks" / task.key for task in tasks]
-        start = _start(work / "tasks", folders, source, tasks)
-        if on_start is not None:
-            on_start(start)
-        of_splits: dict[str, Mapping[str, JSON]] = {
-            split: {**provenance, "split": split} for split in splits_of_run(config.holdout_fraction)
-        }
-        source_name = config.source_name or source.name
-        _run_tasks(config, tasks, folders, of_splits, source_name, on_progress)
-        manifests = finish(
-            output,
-            folders,
-            provenance=of_splits,
-            skipped={reason: skipped.count for reason, skipped in source.skipped.items()},
-            source_name=source_name,
-            shard_bytes=config.shard_bytes,
+    from blt_data.stages import Steps
+
+    with working_directory(output):
+        run = _Run(
+            planned,
+            Steps(readers=None if reader is None else reader.blocks, steps=tuple(steps)),
+            workers=_workers(config, planned),
+            executor=executor,
+            listener=listener,
         )
-    return PrepareResult(manifests=manifests, already_complete=False)
+        return run.do(output)
 
 
 def _require_datatrove() -> None:
@@ -163,75 +188,175 @@ def _require_datatrove() -> None:
         InputError: it is not installed.
     """
     try:
-        import_module("blt_data.executor")
+        import_module("blt_data.stages")
     except ModuleNotFoundError as error:
         raise InputError(
             f"prepare needs a package that is not installed ({error.name}); pip install 'blt-data[prepare]'"
         ) from error
 
 
-def _run_tasks(
-    config: PrepareConfig,
-    tasks: Sequence[Task],
-    folders: Sequence[Path],
-    provenance: Mapping[str, Mapping[str, JSON]],
-    source_name: str,
-    on_progress: ProgressSink | None,
-) -> None:
-    # The light core (reading shards) works without datatrove, so these are imported here.
-    from blt_data.executor import ShardExecutor
-    from blt_data.pipeline import ByteLimit, ShardWriter, SourceReader
-
-    reader = SourceReader(tasks)
-    limit = [] if config.limit_bytes is None else [ByteLimit(config.limit_bytes)]
-    writer = ShardWriter(
-        folders,
-        reader=reader,
-        source_name=source_name,
-        shard_bytes=config.shard_bytes,
-        provenance=provenance,
-        holdout_fraction=config.holdout_fraction,
-    )
-    ShardExecutor(
-        [reader, *limit, writer],
-        folders=folders,
-        workers=config.workers or _worthwhile_workers(tasks),
-        logging_dir=Path(config.output) / WORK_NAME / "datatrove",
-        on_progress=on_progress,
-    ).run()
+def _workers(config: PrepareConfig, planned: PlannedJob) -> int:
+    if config.workers is not None:
+        return planned.memory.workers
+    weight = sum(task.weight for task in planned.tasks)
+    return min(planned.memory.workers, 1 + weight // _WORKER_BYTES)
 
 
-def _worthwhile_workers(tasks: Sequence[Task]) -> int:
-    # Only Linux tells which CPUs a container or a batch job leaves to this process.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus, 1 + sum(task.weight for task in tasks) // _WORKER_BYTES)
+class _Run:
+    """One run of a job, in its work directory."""
+
+    def __init__(
+        self, planned: PlannedJob, steps: Steps, *, workers: int, executor: Executor | None, listener: Listener
+    ) -> None:
+        self._job, self._planned, self._steps = planned.job, planned, steps
+        self._workers, self._executor, self._listener = workers, executor, listener
+        self._records: dict[int, ScatterRecord] = {}
+
+    def do(self, output: Path) -> PrepareResult:
+        """Do what an earlier run has not done, and finish."""
+        from blt_data.stages import total_stats
+
+        job, tasks = self._job, self._planned.tasks
+        discarded = discard_others(job, {task.key for task in tasks})
+        done = [task for task in tasks if job.scattered(task) is not None]
+        if self._listener.on_start is not None:
+            self._listener.on_start(
+                PrepareStart(
+                    files=self._planned.files,
+                    source_bytes=sum(task.weight for task in tasks),
+                    tasks=len(tasks),
+                    tasks_resumed=len(done),
+                    tasks_discarded=discarded,
+                    workers=self._workers,
+                )
+            )
+        chosen = self._scatter()
+        plan = job.plan(self._records, chosen)
+        discard_other_groups(job, job.gather_key(plan))
+        self._gather(plan)
+        manifests = finish_job(job, plan)
+        return PrepareResult(
+            # Under the path that the caller knows.
+            manifests={output / path.relative_to(job.output): manifest for path, manifest in manifests.items()},
+            already_complete=False,
+            steps=steps_of(plan),
+            stats=total_stats(job, chosen),
+        )
+
+    def _scatter(self) -> list[ScatterTask]:
+        """Read the source; return the tasks that count."""
+        waves = Waves(self._planned.tasks, self._planned.limits)
+        told = False
+        while wave := waves.next():
+            missing = []
+            for task in wave:
+                record = self._job.scattered(task)
+                if record is None:
+                    missing.append(task)
+                else:
+                    self._records[task.index] = record
+            if not told:
+                self._tell_scatter(wave, missing)
+                told = True
+            self._run_scatter(missing)
+            waves.take(self._records)
+        return waves.chosen
+
+    def _tell_scatter(self, wave: Sequence[ScatterTask], missing: Sequence[ScatterTask]) -> None:
+        if self._listener.on_stage is not None:
+            total, left = (sum(task.weight for task in tasks) for tasks in (wave, missing))
+            self._listener.on_stage(
+                StageStart(
+                    description="reading",
+                    noun="parts",
+                    tasks=len(wave),
+                    tasks_done=len(wave) - len(missing),
+                    bytes=total,
+                    bytes_done=total - left,
+                )
+            )
+
+    def _run_scatter(self, tasks: Sequence[ScatterTask]) -> None:
+        from blt_data.stages import set_up_scatter
+
+        def keep(index: int, record: ScatterRecord) -> None:
+            self._records[tasks[index].index] = record
+            self._tell_task()
+
+        with self._executors(self._workers) as executor:
+            failures = executor.run(
+                partial(set_up_scatter, self._job, self._steps.pack(), len(self._planned.tasks)),
+                tasks,
+                names=[task.name for task in tasks],
+                on_progress=self._listener.on_progress,
+                on_result=keep,
+                shared_directory=self._job.work,
+            )
+        if failures:
+            raise TasksFailedError(failures, len(tasks))
+
+    def _gather(self, plan: GroupPlan) -> None:
+        from blt_data.stages import set_up_gather
+
+        groups = [group for group in range(len(plan)) if self._job.gathered(plan, group) is None]
+        if self._listener.on_stage is not None:
+            total, left = int(plan.content_bytes.sum()), int(plan.content_bytes[groups].sum())
+            self._listener.on_stage(
+                StageStart(
+                    description="writing",
+                    noun="shards",
+                    tasks=len(plan),
+                    tasks_done=len(plan) - len(groups),
+                    bytes=total,
+                    bytes_done=total - left,
+                )
+            )
+        largest = [int(column.max(initial=0)) for column in (plan.content_bytes, plan.documents)]
+        with self._executors(min(self._workers, self._planned.memory.gather_workers(*largest))) as executor:
+            failures = executor.run(
+                partial(set_up_gather, self._job, plan),
+                groups,
+                names=[f"shard {group + 1} of {len(plan)}" for group in groups],
+                on_progress=self._tell_written,
+                on_result=lambda index, record: self._tell_task(),
+                shared_directory=self._job.work,
+            )
+        if failures:
+            raise TasksFailedError(failures, len(groups))
+
+    def _tell_written(self, source_bytes: int, documents: int, content_bytes: int) -> None:
+        if self._listener.on_progress is not None:
+            self._listener.on_progress(content_bytes, documents, content_bytes)
+
+    def _tell_task(self) -> None:
+        if self._listener.on_task is not None:
+            self._listener.on_task()
+
+    @contextmanager
+    def _executors(self, workers: int) -> Iterator[Executor]:
+        """Give the user's executor, which stays open, or one of this machine's processes."""
+        if self._executor is not None:
+            yield self._executor
+        else:
+            with LocalExecutor(workers) as executor:
+                yield executor
 
 
-def _provenance(config: PrepareConfig, source: Source) -> dict[str, JSON]:
-    """Return where the documents come from: without paths, times or numbers of workers, which do not decide them."""
-    names = ("holdout_fraction", "limit_bytes", "shard_bytes", "text_column", "id_column", "source_name")
-    return {
-        "command": "blt-data prepare",
-        "source": source.provenance(),
-        "options": {name: getattr(config, name) for name in names},
-        "packages": {name: version(name) for name in ("blt-data", "pyarrow")},
-    }
+def check_same(output: Path, there: Mapping[str, JSON], here: Mapping[str, JSON]) -> None:
+    """Refuse a complete output of other parameters; other package versions are no reason to do it again.
 
+    Args:
+        output: the output.
+        there: the provenance of what is there.
+        here: the provenance of what is wanted.
 
-def _finished(output: Path) -> dict[Path, Manifest]:
-    """Return the manifests of an output that is complete, whatever its parameters, or nothing."""
-    for splits in ((WHOLE,), (TRAIN, HOLDOUT)):
-        directories = [split_directory(output, split) for split in splits]
-        if all((directory / MANIFEST_NAME).exists() for directory in directories):
-            return {directory: read_manifest(directory) for directory in directories}
-    return {}
-
-
-def _check_same(output: Path, there: Mapping[str, JSON], here: Mapping[str, JSON]) -> None:
-    """Refuse a complete output of other parameters; other package versions are no reason to do it again."""
+    Raises:
+        InputError: they differ, or a file of the output is not there.
+    """
+    parts = ("command", "source", "sources", "reader", "options", "steps")
     differences = [
         f"{name} is {_brief(old)} there, {_brief(new)} here"
-        for part in ("command", "source", "options")
+        for part in parts
         for name, old, new in _pairs(part, there.get(part), here.get(part))
         if old != new
     ]
@@ -258,53 +383,3 @@ def _brief(value: JSON) -> str:
         return "not given"
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-@contextmanager
-def _working_directory(output: Path) -> Iterator[Path]:
-    """Make OUTPUT/.work, held by this process alone; remove it at the end, or on failure if nothing is worth keeping.
-
-    Raises:
-        InputError: the output holds something that no unfinished run left, or another process is writing to it.
-    """
-    work = output / WORK_NAME
-    if output.is_dir() and not work.exists() and any(output.iterdir()):
-        raise InputError(
-            f"{output}: is not empty and holds no unfinished run of blt-data prepare; name a new or an empty directory"
-        )
-    made = not output.exists()
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{output}: another process is writing to it; wait for its end") from None
-        if _finished(output):
-            raise InputError(f"{output}: another process has just completed it; run the same command again")
-        try:
-            yield work
-        except BaseException:
-            if not any((work / "tasks").glob(f"*/{RECORD_NAME}")):
-                shutil.rmtree(work, ignore_errors=True)
-                with suppress(OSError):
-                    if made:
-                        output.rmdir()
-            raise
-        shutil.rmtree(work)
-
-
-def _start(staging: Path, folders: Sequence[Path], source: Source, tasks: Sequence[Task]) -> PrepareStart:
-    """Remove the folders of tasks that are not of this run, and datatrove's own marks, which we do not use."""
-    staging.mkdir(exist_ok=True)
-    shutil.rmtree(staging.parent / "datatrove", ignore_errors=True)
-    mine = {folder.name for folder in folders}
-    others = [folder for folder in staging.iterdir() if folder.name not in mine]
-    for folder in others:
-        shutil.rmtree(folder)
-    return PrepareStart(
-        files=len(source.files),
-        source_bytes=sum(task.weight for task in tasks),
-        tasks=len(tasks),
-        tasks_resumed=sum(read_record(folder) is not None for folder in folders),
-        tasks_discarded=len(others),
-    )

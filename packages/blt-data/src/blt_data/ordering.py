@@ -70,8 +70,8 @@ class Ordering:
                 "duplicates are found where equal contents meet, which source order does not make them do; "
                 "drop --no-shuffle or --deduplicate"
             )
-        if seed is not None and not 0 <= seed < 2**63:
-            raise InputError(f"the shuffle seed must be 0 to {2**63 - 1}, not {seed}")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise InputError(f"the shuffle seed must be 0 to {2**64 - 1}, not {seed}")
         cells = -(-expected_bytes * CELLS_PER_SHARD // shard_bytes)
         return cls(
             seed=seed,

@@ -24,6 +24,9 @@ from blt_data.spill import SubRun
 
 RECORD_NAME: Final = "record.json"
 
+#: What datatrove's steps counted, in datatrove's format.
+STATS_NAME: Final = "stats.json"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCount:
@@ -34,6 +37,24 @@ class StepCount:
     bytes_in: int
     documents_out: int
     bytes_out: int
+
+    def plus(self, other: StepCount) -> StepCount:
+        """Return the sum of this count and that of another task."""
+        return StepCount(
+            name=self.name,
+            documents_in=self.documents_in + other.documents_in,
+            bytes_in=self.bytes_in + other.bytes_in,
+            documents_out=self.documents_out + other.documents_out,
+            bytes_out=self.bytes_out + other.bytes_out,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beyond:
+    """The first document that a limit left out."""
+
+    document_id: str
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +67,10 @@ class ScatterRecord:
     documents: int
     """Documents that came, duplicates included."""
     content_bytes: int
-    limited: bool
-    """Whether the task's byte limit ended it, rather than the end of its source."""
+    limit_bytes: int | None
+    """The task's limit of content bytes."""
+    beyond: Beyond | None
+    """The document at which that limit ended the task; None if its source ended it."""
     sources: tuple[str, ...]
     """Names that the rows' `source` indexes."""
     sub_runs: tuple[SubRun, ...]
@@ -57,6 +80,16 @@ class ScatterRecord:
     """For each sub-run, rows of its table of first documents in the index."""
     skipped: Skips = field(default_factory=Skips)
     steps: tuple[StepCount, ...] = ()
+
+    def serves(self, limit_bytes: int | None) -> bool:
+        """Return whether a task of another limit would have spilled the same.
+
+        Args:
+            limit_bytes: that limit.
+        """
+        if self.limit_bytes == limit_bytes:
+            return True
+        return self.beyond is None and (limit_bytes is None or self.content_bytes <= limit_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +213,7 @@ def write_scatter_record(folder: Path, record: ScatterRecord) -> None:
         OSError: it cannot be written.
     """
     value = {name: getattr(record, name) for name in ScatterRecord.__slots__}
+    value["beyond"] = None if record.beyond is None else asdict(record.beyond)
     value["sub_runs"] = [asdict(run) for run in record.sub_runs]
     value["steps"] = [asdict(step) for step in record.steps]
     value["skipped"] = record.skipped.to_json()
@@ -198,6 +232,7 @@ def read_scatter_record(folder: Path) -> ScatterRecord | None:
     record = ScatterRecord(
         **{
             **value,
+            "beyond": None if value["beyond"] is None else Beyond(**value["beyond"]),
             "sources": tuple(value["sources"]),
             "sub_runs": tuple(SubRun(**run) for run in value["sub_runs"]),
             "starts": tuple(value["starts"]),

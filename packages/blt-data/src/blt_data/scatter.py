@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from blt_data.documents import DocumentBatch
 from blt_data.ordering import Ordering, Segments, content_keys, places, shuffle_keys
-from blt_data.records import CellCounts, ScatterIndex, ScatterRecord, StepCount, fresh_name, write_index
+from blt_data.records import Beyond, CellCounts, ScatterIndex, ScatterRecord, StepCount, fresh_name, write_index
 from blt_data.shards.schema import column_buffers
 from blt_data.skips import Skips
 from blt_data.spill import ROW, Rows, SpillFile
@@ -66,7 +66,7 @@ class Scatter:
     ) -> None:
         self.skipped = Skips()
         self.documents = self.content_bytes = 0
-        self.limited = False
+        self.beyond: Beyond | None = None
         self._folder, self._options, self._limit, self._report = folder, options, limit_bytes, report
         self._segments = Segments(options.ordering.segment_bytes)
         self._sources: dict[str, int] = {}
@@ -107,7 +107,7 @@ class Scatter:
             self._report(len(taken), size)
             if self._buffered >= self._options.buffer_bytes:
                 self._flush()
-        return not self.limited
+        return self.beyond is None
 
     def finish(self, *, skipped: Skips, steps: Sequence[StepCount] = ()) -> ScatterRecord:
         """Write what is left; the task is finished once its record is written, after the `with` block.
@@ -130,7 +130,8 @@ class Scatter:
             spill_bytes=self._file.size,
             documents=self.documents,
             content_bytes=self.content_bytes,
-            limited=self.limited,
+            limit_bytes=self._limit,
+            beyond=self.beyond,
             sources=tuple(self._sources),
             sub_runs=tuple(self._file.sub_runs),
             cells=len(counts.cells),
@@ -145,7 +146,8 @@ class Scatter:
         ends = self.content_bytes + (batch.offsets[1:] - batch.offsets[0])
         fitting = int(np.searchsorted(ends, self._limit, side="right"))
         if fitting < len(batch):
-            self.limited = True
+            size = int(batch.offsets[fitting + 1] - batch.offsets[fitting])
+            self.beyond = Beyond(document_id=batch.document_ids[fitting].as_py(), bytes=size)
             return batch.slice(0, fitting)
         return batch
 

@@ -1,27 +1,52 @@
-"""`blt-data prepare`: documents of a source to byte shards."""
+"""`blt-data prepare`: documents of one or several sources to byte shards."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 
-from blt_data.console import ByteSize, ProgressBar, format_bytes, friendly_errors, print_table, progress
-from blt_data.ingest import DEFAULT_SHARD_BYTES, PrepareConfig, PrepareResult, PrepareStart, prepare
+from blt_data.console import (
+    EXIT_BAD_INPUT,
+    ByteSize,
+    JobProgress,
+    format_bytes,
+    friendly_errors,
+    print_skips,
+    print_table,
+)
+from blt_data.ingest import (
+    DEFAULT_SHARD_BYTES,
+    Listener,
+    PrepareConfig,
+    PrepareResult,
+    PrepareStart,
+    StageStart,
+    TasksFailedError,
+    prepare,
+)
+from blt_data.skips import OnError
 
 
 @click.command(
     "prepare",
-    epilog="Example: blt-data prepare --source fineweb-edu/sample/10BT --output data/bytes --holdout-fraction 0.01",
+    epilog="Example: blt-data prepare --source fineweb-edu/sample-10BT --output data/bytes --holdout-fraction 0.01",
 )
 @click.option(
     "--source",
-    required=True,
-    help="A Parquet, JSON lines or text file, a directory of such files (searched recursively), a quoted glob, "
-    "or python-stdlib: this Python's own standard library.",
+    help="A Parquet, JSON lines, Arrow or text file, a directory of such files (searched recursively), a quoted glob, "
+    "fineweb-edu, fineweb or dclm-baseline-1.0 (also /CONFIG), a URL such as hf://datasets/OWNER/NAME or s3://…, or "
+    "python-stdlib: this Python's own standard library.",
 )
+@click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Instead of --source: a YAML file of several sources, with weights or limits.",
+)
+@click.option("--revision", help="Branch, tag or commit of a source on the hub; the commit goes into the provenance.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @click.option(
     "--holdout-fraction",
@@ -31,82 +56,99 @@ from blt_data.ingest import DEFAULT_SHARD_BYTES, PrepareConfig, PrepareResult, P
 @click.option(
     "--limit-bytes",
     type=ByteSize(),
-    help="Take only the first documents, whole ones, up to this size (20MB, 1GiB); one worker reads them.",
+    help="Take only the first documents of the source, whole ones, up to this size (20MB, 1GiB).",
 )
 @click.option(
+    "--shuffle-seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the order of the documents.",
+)
+@click.option("--no-shuffle", is_flag=True, help="Keep the order of the source.")
+@click.option("--deduplicate", is_flag=True, help="Of documents of equal content keep only the first.")
+@click.option(
     "--shard-size",
+    "shard_bytes",
     type=ByteSize(),
     default=DEFAULT_SHARD_BYTES,
     help="Content per shard; a larger document has a shard of its own.  [default: 64MiB]",
 )
+@click.option(
+    "--compression",
+    type=click.Choice(["none", "zstd"]),
+    default="none",
+    show_default=True,
+    help="Of the shards; zstd ones are decompressed into memory when they are opened.",
+)
 @click.option("--text-column", default="text", show_default=True, help="Column or key that holds the text.")
 @click.option(
     "--id-column",
-    default="id",
-    show_default=True,
-    help="Column or key that holds the document's id; without one its id is path#row.",
+    help="Column or key that holds the document's id; without one its id is path#row.  [default: id]",
 )
 @click.option("--source-name", help="What the shards call the source.  [default: the file's or directory's name]")
 @click.option(
+    "--on-error",
+    type=click.Choice([str(choice) for choice in OnError]),
+    default=str(OnError.FAIL),
+    show_default=True,
+    help="What becomes of a bad row or a damaged file: the run ends, or it is left out and counted.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Processes; they change nothing but the time.  [default: as many as CPUs, fewer for little data]",
+    help="Tasks at once; they change nothing but the time.  [default: as many as CPUs, fewer for little data]",
+)
+@click.option(
+    "--memory-limit",
+    type=ByteSize(),
+    help="Memory of all local processes together; it changes nothing but the time.  [default: half the machine's]",
 )
 @friendly_errors
-def prepare_command(
-    source: str,
-    output: Path,
-    holdout_fraction: float | None,
-    limit_bytes: int | None,
-    shard_size: int,
-    text_column: str,
-    id_column: str,
-    source_name: str | None,
-    workers: int | None,
-) -> None:
-    """Write the documents of a source to a directory of byte shards.
+def prepare_command(shuffle_seed: int, no_shuffle: bool, on_error: str, **options: Any) -> None:
+    """Write the documents of a source to a directory of byte shards, shuffled.
 
     Every byte of every document is kept as it is in UTF-8. A run that was killed goes on where it was when the same
     command is given again, and its files are the same, byte for byte, as those of a run that was not.
     """
-    config = PrepareConfig(
-        source=source,
-        output=output,
-        holdout_fraction=holdout_fraction,
-        limit_bytes=limit_bytes,
-        shard_bytes=shard_size,
-        text_column=text_column,
-        id_column=id_column,
-        source_name=source_name,
-        workers=workers,
-    )
-    with _ProgressView(limit_bytes) as view:
-        result = prepare(config, on_start=view.start, on_progress=view.advance)
+    config = PrepareConfig(shuffle_seed=None if no_shuffle else shuffle_seed, on_error=OnError(on_error), **options)
+    try:
+        with _View() as view:
+            result = prepare(config, listener=view.listener)
+    except TasksFailedError as failed:
+        for failure in failed.failures:
+            click.echo(f"error: {failure.message if failure.attempts == 1 else failure}", err=True)
+        click.echo("what else could be done is done; mend this and run the same command again", err=True)
+        raise SystemExit(EXIT_BAD_INPUT) from None
     _print_result(result, view.seconds)
 
 
-class _ProgressView(ExitStack):
-    """Shows how far a run is, against the bytes to read or, if limited, the bytes to write."""
+class _View:
+    """Shows how far a run is, stage by stage."""
 
-    def __init__(self, limit_bytes: int | None) -> None:
-        super().__init__()
-        self._limit = limit_bytes
-        self._bar: ProgressBar | None = None
-        self._documents = self._content = 0
+    def __init__(self) -> None:
+        self.listener = Listener(
+            on_start=self._start, on_stage=self._stage, on_progress=self._advance, on_task=self._task
+        )
+        self._stack = ExitStack()
+        self._progress: JobProgress | None = None
         self._started = time.monotonic()
+
+    def __enter__(self) -> _View:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
     @property
     def seconds(self) -> float:
-        """Seconds since reading began."""
+        """Seconds since the run began."""
         return time.monotonic() - self._started
 
-    def start(self, start: PrepareStart) -> None:
-        """Say what will be read, and show a bar."""
-        self._started = time.monotonic()
-        click.echo(
-            f"reading {start.files:,} {'file' if start.files == 1 else 'files'}, {format_bytes(start.source_bytes)}",
-            err=True,
-        )
+    def _start(self, start: PrepareStart) -> None:
+        files = f"{start.files:,} {'file' if start.files == 1 else 'files'}, " if start.files else ""
+        workers = f"{start.workers} {'worker' if start.workers == 1 else 'workers'}"
+        click.echo(f"reading {files}{format_bytes(start.source_bytes)}, {workers}", err=True)
         if start.tasks_discarded:
             click.echo(
                 "an unfinished run with other parameters, files or package versions was there; "
@@ -115,16 +157,27 @@ class _ProgressView(ExitStack):
             )
         if start.tasks_resumed:
             click.echo(f"an earlier run finished {start.tasks_resumed} of {start.tasks} tasks; going on", err=True)
-        total = start.source_bytes if self._limit is None else min(start.source_bytes, self._limit)
-        self._bar = self.enter_context(progress("preparing", total=total, unit="B"))
 
-    def advance(self, source_bytes: int, documents: int, content_bytes: int) -> None:
-        """Move the bar."""
-        self._documents += documents
-        self._content += content_bytes
-        if self._bar is not None:
-            note = f"{self._documents:,} documents, {self._content / 1e6 / max(self.seconds, 1e-9):,.1f} MB/s"
-            self._bar.advance(source_bytes if self._limit is None else content_bytes, note)
+    def _stage(self, stage: StageStart) -> None:
+        self._stack.close()
+        self._progress = self._stack.enter_context(
+            JobProgress(
+                stage.description,
+                total_bytes=stage.bytes or None,
+                total_files=stage.tasks,
+                noun=stage.noun,
+                done_bytes=stage.bytes_done,
+                done_files=stage.tasks_done,
+            )
+        )
+
+    def _advance(self, source_bytes: int, documents: int, content_bytes: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(source_bytes, documents, content_bytes)
+
+    def _task(self) -> None:
+        if self._progress is not None:
+            self._progress.advance(files=1)
 
 
 def _print_result(result: PrepareResult, seconds: float) -> None:
@@ -138,10 +191,4 @@ def _print_result(result: PrepareResult, seconds: float) -> None:
         total = sum(manifest.bytes for manifest in result.manifests.values())
         title = f"prepared {format_bytes(total)} in {seconds:.1f} s ({total / 1e6 / max(seconds, 1e-9):,.1f} MB/s)"
     print_table(title, rows, ("directory", "documents", "bytes", "shards"))
-    skipped = next(iter(result.manifests.values())).skipped
-    if skipped:
-        print_table(
-            "skipped",
-            [(reason, skip.count, format_bytes(skip.bytes)) for reason, skip in skipped.items()],
-            ("reason", "number", "bytes"),
-        )
+    print_skips(next(iter(result.manifests.values())).skipped)

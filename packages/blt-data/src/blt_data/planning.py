@@ -1,0 +1,314 @@
+"""From what the user wants to a job: sources are listed, cut into tasks, and every option is settled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from blt_data.errors import InputError
+from blt_data.gather import Compression, GatherOptions
+from blt_data.identity import step_identity
+from blt_data.jobs import Job, ScatterTask
+from blt_data.limits import Limits
+from blt_data.memory import MemoryPlan, plan_memory
+from blt_data.ordering import Ordering
+from blt_data.plan import PlannedSource, plan_tasks, resolve_sources
+from blt_data.recipe import Recipe, SourceSpec, read_recipe
+from blt_data.scatter import ScatterOptions
+from blt_data.shards import JSON
+from blt_data.shards.schema import canonical_json
+from blt_data.skips import ErrorPolicy, OnError
+from blt_data.sources import Format
+from blt_data.splits import splits_of_run
+
+#: Content bytes per shard unless told otherwise.
+DEFAULT_SHARD_BYTES: Final = 64 << 20
+
+#: Bytes that the documents of a foreign reader are supposed to have: only how cells are cut depends on it.
+_UNKNOWN_BYTES: Final = 64 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """What to prepare and where."""
+
+    source: str | None = None
+    """What `resolve_source` takes: a path, a glob, a name such as `fineweb-edu`, a URL, or `python-stdlib`."""
+    recipe: Recipe | str | os.PathLike[str] | None = None
+    """Several sources, or the YAML file that says them; instead of `source`."""
+    output: str | os.PathLike[str]
+    """Directory to make; it may hold an unfinished run."""
+    revision: str | None = None
+    """Branch, tag or commit of a source on the hub."""
+    holdout_fraction: float | None = None
+    """Share of documents, between 0 and 1, held out by a hash of their id; None holds out nothing."""
+    limit_bytes: int | None = None
+    """Take the first documents up to this many bytes, whole ones only."""
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    """Content bytes at which a shard is full; a larger document has its own."""
+    shuffle_seed: int | None = 0
+    """Seed of the order of the documents; None keeps that of the source."""
+    deduplicate: bool = False
+    """Whether of documents of equal content only the first is kept."""
+    compression: Compression = "none"
+    """Of the shards: `zstd` makes them smaller, but they are then decompressed into memory when opened."""
+    on_error: OnError = OnError.FAIL
+    """What becomes of a bad row or a damaged file."""
+    text_column: str = "text"
+    """Column or key that holds the text."""
+    id_column: str | None = None
+    """Column or key that holds the id, where it is missing, null or empty, `path#row` serves; None takes where the
+    collection is known to keep it, or `id`."""
+    source_name: str | None = None
+    """The `source` of every document; None takes the name of the collection, file or directory."""
+    workers: int | None = None
+    """Tasks at once; they change nothing but the time. None takes as many as CPUs, fewer for little data or memory."""
+    memory_limit: int | None = None
+    """Bytes of memory of all local processes together, or of each worker elsewhere; None takes half the machine's."""
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.recipe is None):
+            raise InputError("name either a source or a recipe")
+        for name in _IN_RECIPE if self.recipe is not None else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise InputError(f"{name.replace('_', ' ')} is of one source; write {name} into the recipe")
+        if self.holdout_fraction is not None and not 0 < self.holdout_fraction < 1:
+            raise InputError(f"holdout fraction must be between 0 and 1, both excluded, not {self.holdout_fraction}")
+        for name in ("limit_bytes", "shard_bytes", "workers", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
+        if self.compression not in ("none", "zstd"):
+            raise InputError(f"compression must be none or zstd, not {self.compression!r}")
+
+
+#: What a recipe says of each of its sources.
+_IN_RECIPE: Final = ("revision", "text_column", "id_column", "source_name")
+_DEFAULTS: Final = {field.name: field.default for field in fields(PrepareConfig)}
+
+#: What decides the output beside the sources.
+_OPTIONS: Final = (
+    "holdout_fraction",
+    "limit_bytes",
+    "shard_bytes",
+    "shuffle_seed",
+    "deduplicate",
+    "compression",
+    "on_error",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignReader:
+    """datatrove blocks that give the documents in place of our reader."""
+
+    blocks: tuple[Any, ...]
+    tasks: int
+    """Ranks that share the reading."""
+    expected_bytes: int = _UNKNOWN_BYTES
+    """Content of all documents, roughly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedJob:
+    """A job and its first tasks."""
+
+    job: Job
+    tasks: tuple[ScatterTask, ...]
+    """Scatter tasks, in source order."""
+    limits: Limits
+    provenance: Mapping[str, JSON]
+    files: int
+    """Source files to read."""
+    memory: MemoryPlan
+
+
+def recipe_of(config: PrepareConfig) -> Recipe:
+    """Return the recipe of a job; a plain source is a recipe of one.
+
+    Args:
+        config: what to prepare.
+
+    Raises:
+        InputError: the recipe's file is no recipe.
+        OSError: it cannot be read.
+    """
+    if config.source is not None:
+        spec = SourceSpec(
+            source=config.source,
+            name=config.source_name,
+            revision=config.revision,
+            text_column=config.text_column,
+            id_column=config.id_column,
+        )
+        return Recipe(sources=(spec,), limit_bytes=config.limit_bytes)
+    given = config.recipe
+    recipe = given if isinstance(given, Recipe) else read_recipe(os.fspath(given or ""))
+    return recipe if config.limit_bytes is None else replace(recipe, limit_bytes=config.limit_bytes)
+
+
+def plan_job(
+    config: PrepareConfig,
+    *,
+    steps: Sequence[object] = (),
+    reader: ForeignReader | None = None,
+    workers: int = 1,
+    on_one_machine: bool = True,
+) -> PlannedJob:
+    """List the sources and settle everything that a job's tasks are told.
+
+    Args:
+        config: what the user wants.
+        steps: datatrove blocks between reading and writing.
+        reader: what gives the documents in place of our reader; the config's source then only names it.
+        workers: tasks at once, at most.
+        on_one_machine: whether they share this machine's memory.
+
+    Raises:
+        InputError: bad input.
+        OSError: a source cannot be listed.
+    """
+    output = Path(config.output).absolute()
+    sources: tuple[PlannedSource, ...] = ()
+    if reader is None:
+        recipe = recipe_of(config)
+        sources = resolve_sources(recipe, leave_out=output)
+        if config.shuffle_seed == 0 and recipe.seed is not None:
+            config = replace(config, shuffle_seed=recipe.seed)
+        config = replace(config, limit_bytes=recipe.limit_bytes)
+    provenance = _provenance(config, sources, steps, reader)
+    policy = ErrorPolicy(config.on_error)
+    plan = plan_tasks(sources, shard_bytes=config.shard_bytes, context={}, policy=policy)
+    tasks = [
+        ScatterTask(
+            index=index, name=task.name, key=task.key, source=task.source, units=task.units, reading=task.reading
+        )
+        for index, task in enumerate(plan.tasks)
+    ]
+    if reader is not None:
+        tasks = [ScatterTask(index=rank, name=f"rank {rank}", key=str(rank)) for rank in range(reader.tasks)]
+    limits = _limits(config, sources)
+    ordering = _ordering(config, tasks, limits, reader)
+    memory = plan_memory(
+        limit_bytes=config.memory_limit,
+        workers=workers,
+        on_one_machine=on_one_machine,
+        shard_bytes=config.shard_bytes,
+        unit_bytes=_largest_part(tasks),
+    )
+    splits = splits_of_run(config.holdout_fraction)
+    name = config.source or (os.fspath(config.recipe) if isinstance(config.recipe, str | os.PathLike) else "recipe")
+    job = Job(
+        output=output,
+        scatter=ScatterOptions(
+            ordering=ordering,
+            splits=splits,
+            holdout_fraction=config.holdout_fraction,
+            buffer_bytes=memory.buffer_bytes,
+        ),
+        gather=GatherOptions(
+            ordering=ordering,
+            provenance={split: {**provenance, "split": split} for split in splits},
+            sources=tuple(item.reading.source for item in sources) if reader is None else None,
+            shard_bytes=config.shard_bytes,
+            compression=config.compression,
+        ),
+        on_error=config.on_error,
+        source=name,
+        skipped=plan.skipped,
+        key=_checksum({"provenance": provenance}),
+    )
+    return PlannedJob(
+        job=job,
+        tasks=tuple(_keyed(tasks, config, ordering, provenance)),
+        limits=limits,
+        provenance=provenance,
+        files=sum(len(item.source.files) for item in sources),
+        memory=memory,
+    )
+
+
+def _limits(config: PrepareConfig, sources: Sequence[PlannedSource]) -> Limits:
+    of_source = {index: item.limit_bytes for index, item in enumerate(sources) if item.limit_bytes is not None}
+    return Limits(total_bytes=config.limit_bytes, of_source=of_source)
+
+
+def _ordering(
+    config: PrepareConfig, tasks: Sequence[ScatterTask], limits: Limits, reader: ForeignReader | None
+) -> Ordering:
+    expected: dict[int, int] = {}
+    for task in tasks:
+        expected[task.source] = expected.get(task.source, 0) + task.expected_bytes
+    total = sum(min(size, limits.of_source.get(source, size)) for source, size in expected.items())
+    if reader is not None:
+        total = reader.expected_bytes
+    return Ordering.of(
+        seed=config.shuffle_seed,
+        deduplicate=config.deduplicate,
+        shard_bytes=config.shard_bytes,
+        expected_bytes=total if limits.total_bytes is None else min(total, limits.total_bytes),
+    )
+
+
+def _largest_part(tasks: Sequence[ScatterTask]) -> int:
+    """Return the bytes of text that a reader must hold at once: a row group, or a text file."""
+    most = 0
+    for unit in (unit for task in tasks for unit in task.units):
+        if unit.row_groups is not None:
+            most = max(most, unit.weight)
+        elif unit.file.format in (Format.TEXT, Format.PYTHON):
+            # The file and its text are there at once.
+            most = max(most, 2 * unit.weight)
+    return most
+
+
+def _keyed(
+    tasks: Sequence[ScatterTask], config: PrepareConfig, ordering: Ordering, provenance: Mapping[str, JSON]
+) -> list[ScatterTask]:
+    """Return tasks whose keys cover all that decides what they spill."""
+    context = {
+        "ordering": asdict(ordering),
+        "holdout_fraction": config.holdout_fraction,
+        "on_error": str(config.on_error),
+        **{name: provenance.get(name) for name in ("steps", "reader", "packages")},
+    }
+    return [
+        replace(task, key=_checksum({**context, "task": task.key, "places": [unit.ordinal for unit in task.units]}))
+        for task in tasks
+    ]
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def _provenance(
+    config: PrepareConfig,
+    sources: Sequence[PlannedSource],
+    steps: Sequence[object],
+    reader: ForeignReader | None,
+) -> dict[str, JSON]:
+    """Return where the documents come from: without paths, times or numbers of workers, which do not decide them."""
+    provenance: dict[str, JSON] = {
+        "command": "blt-data prepare",
+        "options": {name: getattr(config, name) for name in _OPTIONS},
+        "packages": {name: version(name) for name in ("blt-data", "pyarrow")},
+    }
+    if reader is not None:
+        provenance["reader"] = [step_identity(block) for block in reader.blocks]
+    elif len(sources) == 1 and config.recipe is None:
+        provenance["source"] = sources[0].provenance()
+    else:
+        provenance["sources"] = [item.provenance() for item in sources]
+    if steps or reader is not None:
+        packages = provenance["packages"]
+        if isinstance(packages, dict):
+            packages["datatrove"] = version("datatrove")
+    if steps:
+        provenance["steps"] = [step_identity(step) for step in steps]
+    return provenance
