@@ -56,6 +56,7 @@ class Meter:
     def __init__(self, send: Report | None = None, *, interval: float = 0.2) -> None:
         self._send, self._interval = send, interval
         self._lock = threading.Lock()
+        self._calls = 0
         self._sums = [0, 0, 0]
         self._last = time.monotonic()
         self._closed = False
@@ -65,6 +66,7 @@ class Meter:
         with self._lock:
             if self._closed:
                 return
+            self._calls += 1
             self._sums[0] += source_bytes
             self._sums[1] += documents
             self._sums[2] += content_bytes
@@ -73,10 +75,10 @@ class Meter:
                 self._last = now
                 self._send(*self._take())
 
-    def take(self) -> Amounts:
-        """Return what was counted and not yet passed on, which counts as passed on now."""
+    def look(self) -> tuple[Amounts, int]:
+        """Return what was counted and not yet passed on, and the number of calls, which tells that the task lives."""
         with self._lock:
-            return self._take()
+            return (self._sums[0], self._sums[1], self._sums[2]), self._calls
 
     def close(self) -> Amounts:
         """Return what is left; a thread that the task forgot cannot add to it any more."""

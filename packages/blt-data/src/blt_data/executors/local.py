@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -32,6 +31,7 @@ from blt_data.executors.attempt import Meter, Outcome, Problem, attempt
 from blt_data.executors.base import DEFAULT_ATTEMPTS, R, Report, Setup, T, TaskFailure, check_names
 from blt_data.executors.channel import Channel, serialise
 from blt_data.executors.schedule import Schedule
+from blt_data.executors.slots import Slots
 from blt_data.executors.worker import STOP
 
 log = logging.getLogger(__name__)
@@ -204,12 +204,10 @@ class _Pool(Generic[T, R]):
     """
 
     def __init__(self, setup: Setup[T, R], size: int, attempts: int, environment: WorkerEnvironment | None) -> None:
-        self._size, self._attempts, self._environment = size, attempts, environment
+        self._environment = environment
         self._selector = selectors.DefaultSelector()
         self._workers: dict[int, _Worker] = {}
-        self._ever_set_up = False
-        self._false_starts: Counter[int] = Counter()
-        self._given_up: set[int] = set()
+        self._slots = Slots(size, attempts)
         self._setup: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         self._setup.write(serialise(setup, "the setup of the workers"))
         self._setup.flush()
@@ -246,8 +244,7 @@ class _Pool(Generic[T, R]):
             with suppress(OSError):  # it has died; `_listen` will see it
                 worker.channel.send(serialise(tasks[index], "a task"))
         starting = sum(not worker.set_up for worker in self._workers.values())
-        free = [n for n in range(self._size) if n not in self._workers and n not in self._given_up]
-        for number in free[: max(0, schedule.startable(now) - starting)]:
+        for number in self._slots.free(set(self._workers))[: max(0, schedule.startable(now) - starting)]:
             self._start_worker(number)
 
     def _wait(self, seconds: float | None) -> Iterator[_Worker]:
@@ -267,12 +264,14 @@ class _Pool(Generic[T, R]):
                 if isinstance(message, tuple) and worker.task is not None:
                     schedule.progress(worker.task, message)
                 elif isinstance(message, Outcome) and worker.task is not None:
-                    index, worker.task, self._false_starts[worker.number] = worker.task, None, 0
+                    index, worker.task = worker.task, None
+                    self._slots.worked(worker.number)
                     _settle(schedule, index, message)
                 elif isinstance(message, Problem):
                     worker.problem = message
                 else:
-                    worker.set_up = self._ever_set_up = True
+                    worker.set_up = True
+                    self._slots.set_up()
         except (EOFError, OSError):
             return False
         return not dead
@@ -292,22 +291,12 @@ class _Pool(Generic[T, R]):
             self._false_start(worker, f"the process {how}")
 
     def _false_start(self, worker: _Worker, how: str) -> None:
-        """Note that a worker has ended before it had a task; decide whether to start it again.
-
-        One GPU out of eight may be broken: that must neither stop the others nor be tried for ever.
-        """
-        message = how if worker.problem is None else worker.problem.message
-        log.debug("worker %d: %s\n%s", worker.number, message, worker.problem.trace if worker.problem else "")
-        if worker.problem is not None and worker.problem.input_at_fault:
-            raise InputError(message)
-        self._false_starts[worker.number] += 1
-        if not self._ever_set_up and self._false_starts.total() >= self._attempts:
-            raise InputError(f"no worker process could be set up: {message}")
-        if self._false_starts[worker.number] >= self._attempts:
-            self._given_up.add(worker.number)
-            log.warning("worker %d is given up: %s", worker.number, message)
-        if len(self._given_up) == self._size:
-            raise InputError(f"no worker process can be set up any more: {message}")
+        if worker.problem is None:
+            self._slots.false_start(worker.number, how)
+        elif worker.problem.input_at_fault:
+            raise InputError(worker.problem.message)
+        else:
+            self._slots.false_start(worker.number, worker.problem.message, trace=worker.problem.trace)
 
     def _start_worker(self, number: int) -> None:
         environment = {**os.environ, **(self._environment(number) if self._environment is not None else {})}
