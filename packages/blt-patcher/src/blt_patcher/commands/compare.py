@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from blt_data import ShardDirectory, ShardKind
 from blt_data.console import friendly_errors, print_table, progress
 from blt_data.errors import InputError
+from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_option
 from blt_patcher.compare import DEFAULT_EXAMPLES, Comparison, Difference, compare, first_difference
 from blt_patcher.schemes import PatchScheme, scheme_from_json
 from blt_patcher.stats import draw_histograms_side_by_side, provenance_rows
-from blt_patcher.viewing import PatchView, render_patches
+from blt_patcher.viewing import PatchView
 
 #: Bytes shown of an example: before the first difference, and in all, on the terminal and on a page.
 _LEAD_BYTES, _TERMINAL_BYTES, _PAGE_BYTES = 40, 160, 420
@@ -32,9 +32,12 @@ _LEAD_BYTES, _TERMINAL_BYTES, _PAGE_BYTES = 40, 160, 420
     help="Documents to show, those that differ most.",
 )
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with figures.")
+@color_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @friendly_errors
-def compare_command(first: Path, second: Path, examples: int, html: Path | None, as_json: bool) -> None:
+def compare_command(
+    first: Path, second: Path, examples: int, html: Path | None, color: ColorChoice, as_json: bool
+) -> None:
     """Compare two patchings of the same documents: boundaries in common, lengths, and where they differ most.
 
     A boundary is a patch's start at a token from 2 on; tokens 0 and 1 start one under every scheme.
@@ -50,7 +53,7 @@ def compare_command(first: Path, second: Path, examples: int, html: Path | None,
     print_table("patchings", _directory_rows(found, a, b), header=("", "A", "B"))
     print_table("agreement", _agreement_rows(found))
     click.echo(draw_histograms_side_by_side(found.stats_a, found.stats_b))
-    _print_examples(found, a, b)
+    _print_examples(found, a, b, PatchPrinter(color))
 
 
 def _directory_rows(found: Comparison, a: ShardDirectory, b: ShardDirectory) -> list[tuple[object, ...]]:
@@ -112,19 +115,15 @@ def _heading(example: Difference) -> str:
     )
 
 
-def _print_examples(found: Comparison, a: ShardDirectory, b: ShardDirectory) -> None:
-    console = Console(highlight=False, markup=False)
-    coloured = console.color_system is not None and console.is_terminal and not console.no_color
+def _print_examples(found: Comparison, a: ShardDirectory, b: ShardDirectory, printer: PatchPrinter) -> None:
     for example in found.examples:
-        console.print()
-        console.print(_heading(example), soft_wrap=True)
+        printer.print_lines(["", _heading(example)])
         for name, view in zip("AB", _views(example, a, b, _TERMINAL_BYTES), strict=True):
-            for line in render_patches(view, colour=coloured, width=console.width - 3 if console.is_terminal else None):
-                console.print(f"{name}  ", line, sep="", soft_wrap=True)
+            printer.print(view, f"{name}  ")
 
 
 def _write_page(path: Path, found: Comparison, a: ShardDirectory, b: ShardDirectory) -> None:
-    from blt_patcher.figures import Section, draw_histograms, draw_patches, html_page, write_page
+    from blt_patcher.figures import Section, draw_compared, draw_histograms, html_page, write_page
 
     table = [
         tuple(str(f"{cell:,}" if isinstance(cell, int) else cell) for cell in row)
@@ -139,7 +138,7 @@ def _write_page(path: Path, found: Comparison, a: ShardDirectory, b: ShardDirect
             heading=example.document_id,
             note=_heading(example).removeprefix(f"{example.document_id}: ") + "; shown from a little before the first "
             "difference.",
-            drawings=[draw_patches(view) for view in _views(example, a, b, _PAGE_BYTES)],
+            drawings=[draw_compared(*_views(example, a, b, _PAGE_BYTES))],
         )
         for example in found.examples
     ]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
 from blt_data import ShardDirectory, ShardKind
 from blt_data.console import ByteSize, friendly_errors, print_table
@@ -20,9 +19,10 @@ from blt_patcher.boundaries import patch_document
 from blt_patcher.calibrate import calibrate
 from blt_patcher.commands.options import SchemeChoice, scheme_choice_options, scoring_options
 from blt_patcher.commands.scoring import as_entropy_based, make_scorer, warn_of_miss
+from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_option
 from blt_patcher.lookup import find_document
 from blt_patcher.schemes import PatchScheme, scheme_from_json
-from blt_patcher.viewing import PatchView, render_patches
+from blt_patcher.viewing import PatchView
 from blt_patcher.viewing.view import DEFAULT_SHOWN_BYTES
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ class _Subject:
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with the figure.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the figure as SVG.")
 @click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Write the figure as PNG.")
-@click.option(
-    "--color",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="Colour patches, or set │ between them.",
-)
+@color_option
 @friendly_errors
 @scheme_choice_options
 def show_command(
@@ -92,7 +86,7 @@ def show_command(
     html: Path | None,
     svg: Path | None,
     png: Path | None,
-    color: str,
+    color: ColorChoice,
 ) -> None:
     """Show the patches of a text, a file, or a document of a shard directory.
 
@@ -106,7 +100,9 @@ def show_command(
     elif window_tokens is not None or device is not None or compile_model:
         raise InputError("--window-tokens, --device and --compile are for an entropy model; leave them out")
     view = _view(subject, choice, scorer, from_byte, limit)
-    _print(view, color)
+    PatchPrinter(color).print(view)
+    click.echo()
+    print_table("patches", view.figures())
     _write_figures(view, html, svg, png)
 
 
@@ -199,19 +195,6 @@ def _view(
         first_byte=first_byte,
         shown_bytes=limit,
     )
-
-
-def _print(view: PatchView, color: str) -> None:
-    """Print the patches and their figures."""
-    terminal = sys.stdout.isatty()
-    coloured = color == "always" or (color == "auto" and terminal and not os.environ.get("NO_COLOR"))
-    console = Console(
-        highlight=False, markup=False, force_terminal=coloured or None, no_color=False if coloured else None
-    )
-    for line in render_patches(view, colour=coloured, width=console.width if terminal else None):
-        console.print(line, soft_wrap=True)
-    console.print()
-    print_table("patches", view.figures())
 
 
 def _write_figures(view: PatchView, html: Path | None, svg: Path | None, png: Path | None) -> None:

@@ -54,6 +54,7 @@ def draw_curve(found: Calibration) -> Drawing:
             Ink.SOFT,
         ),
     )
+    drawing.add(Label(_LEFT - 10, _TOP - 4, "tokens per patch", 11, Ink.SOFT, "start"))
     for length in _LENGTHS:
         if floor <= length <= 1.05 * top:
             drawing.add(

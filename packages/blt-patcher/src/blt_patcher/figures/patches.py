@@ -97,26 +97,93 @@ def draw_patches(view: PatchView, *, width: float = DEFAULT_WIDTH) -> Drawing:
     Returns:
         The drawing. Every byte has a spot with `data-token`, `data-patch` and `data-byte` (hexadecimal).
     """
-    rows = _fold(_cells(view), max(width - _LEFT - _RIGHT, 4 * _SPECIAL_WIDTH))
-    scale = _scale(view) if view.entropies is not None else None
-    wide = any(len(cell.data) > 1 for row in rows for cell in row)
-    row_height = _LENGTHS + (_PANEL if scale else 0) + _TEXT + (_BYTES if wide else 0)
-    drawing = Drawing(width, _HEAD + len(rows) * (row_height + _GAP), f"Patches of {view.title}")
-    _draw_head(drawing, view, scale)
-    lengths = {patch.index: patch.length for patch in view.patches()}
+    rows = _fold(_cells(view), _room(width), ragged=_RAGGED)
+    layout = _Layout.of(view, rows)
+    drawing = Drawing(width, _HEAD + len(rows) * (layout.row_height + _GAP), f"Patches of {view.title}")
+    _draw_head(drawing, view, layout.scale, _describe(view))
     for number, cells in enumerate(rows):
-        top = _HEAD + number * (row_height + _GAP)
-        columns = _place(cells)
-        _draw_bands(drawing, columns, top + _LENGTHS, row_height - _LENGTHS, lengths)
-        text_top = top + _LENGTHS
-        if scale is not None:
-            _draw_panel(drawing, columns, text_top, scale)
-            text_top += _PANEL
-        _draw_text(drawing, cells, columns, text_top)
-        for column in columns:
-            tip, data = _about(column, lengths)
-            drawing.add(Spot(column.x, top + _LENGTHS, column.width, row_height - _LENGTHS, tip, data))
+        _draw_row(drawing, cells, _HEAD + number * (layout.row_height + _GAP), layout)
     return drawing
+
+
+def draw_compared(above: PatchView, below: PatchView, *, width: float = DEFAULT_WIDTH) -> Drawing:
+    """Lay out two patchings of one document, one above the other, column for column.
+
+    Args:
+        above: one patching; its entropies are drawn, if it has any.
+        below: another one of the same bytes, of which the same are shown.
+        width: of the drawing in pixels; its height follows.
+
+    Returns:
+        The drawing. Boundaries that only one of them has stand out. Only the upper bytes have spots.
+    """
+    cells_above, cells_below = _cells(above), _cells(below)
+    rows = _fold(cells_above, _room(width), ragged=0)
+    layout = _Layout.of(above, rows)
+    height = layout.row_height + _LENGTHS + _TEXT
+    drawing = Drawing(width, _HEAD + len(rows) * (height + _GAP), f"Patchings of {above.title} and {below.title}")
+    _draw_head(drawing, above, layout.scale, f"{above.title}: {_describe(above)}", f"{below.title}: {_describe(below)}")
+    starts = [{token.token for token in view.tokens() if token.starts} for view in (above, below)]
+    apart = frozenset(starts[0] ^ starts[1])
+    done = 0
+    for number, cells in enumerate(rows):
+        top = _HEAD + number * (height + _GAP)
+        _draw_row(drawing, cells, top, layout, apart)
+        others = cells_below[done : done + len(cells)]
+        done += len(cells)
+        columns = _place(others)
+        top += layout.row_height + _LENGTHS
+        _draw_bands(drawing, columns, top, _TEXT, _lengths(below), apart)
+        _draw_text(drawing, others, columns, top, with_bytes=False)
+        for name, y in ((above.title, top - _LENGTHS - layout.row_height / 2 + 6), (below.title, top + 17.5)):
+            drawing.add(Label(8, y, name, 12, bold=True))
+    return drawing
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What the rows of a figure share."""
+
+    scale: _Scale | None
+    """The entropy axis, if entropies are drawn."""
+    row_height: float
+    lengths: dict[int, int]
+    """Tokens of each patch shown."""
+
+    @classmethod
+    def of(cls, view: PatchView, rows: Sequence[Sequence[_Cell]]) -> _Layout:
+        """Return the layout of a view's rows."""
+        scale = _scale(view) if view.entropies is not None else None
+        wide = any(len(cell.data) > 1 for row in rows for cell in row)
+        height = _LENGTHS + (_PANEL if scale else 0) + _TEXT + (_BYTES if wide else 0)
+        return cls(scale, height, _lengths(view))
+
+
+def _lengths(view: PatchView) -> dict[int, int]:
+    """Return the length in tokens of each patch that is shown."""
+    return {patch.index: patch.length for patch in view.patches()}
+
+
+def _draw_row(
+    drawing: Drawing, cells: Sequence[_Cell], top: float, layout: _Layout, apart: frozenset[int] = frozenset()
+) -> None:
+    """Draw one row: bands, entropies, characters, and spots to point at."""
+    columns = _place(cells)
+    band_top, band_height = top + _LENGTHS, layout.row_height - _LENGTHS
+    _draw_bands(drawing, columns, band_top, band_height, layout.lengths, apart)
+    text_top = band_top
+    if layout.scale is not None:
+        _draw_panel(drawing, columns, text_top, layout.scale)
+        text_top += _PANEL
+    _draw_text(drawing, cells, columns, text_top)
+    for column in columns:
+        tip, data = _about(column, layout.lengths)
+        drawing.add(Spot(column.x, band_top, column.width, band_height, tip, data))
+
+
+def _room(width: float) -> float:
+    """Return what a row of columns may take."""
+    return max(width - _LEFT - _RIGHT, 4 * _SPECIAL_WIDTH)
 
 
 def _cells(view: PatchView) -> list[_Cell]:
@@ -136,8 +203,8 @@ def _cells(view: PatchView) -> list[_Cell]:
     return cells
 
 
-def _fold(cells: Sequence[_Cell], room: float) -> list[list[_Cell]]:
-    """Cut cells into rows, at a patch's end where that leaves little of a row empty."""
+def _fold(cells: Sequence[_Cell], room: float, *, ragged: float) -> list[list[_Cell]]:
+    """Cut cells into rows, at a patch's end where that leaves less than a share `ragged` of a row empty."""
     rows: list[list[_Cell]] = []
     row: list[_Cell] = []
     used = 0.0
@@ -145,7 +212,7 @@ def _fold(cells: Sequence[_Cell], room: float) -> list[list[_Cell]]:
         if row and used + cell.width > room:
             place = next((index for index in range(len(row) - 1, 0, -1) if row[index].starts), 0)
             carried = row[place:] if place and not cell.starts else []
-            if sum(other.width for other in carried) > _RAGGED * room:
+            if sum(other.width for other in carried) > ragged * room:
                 carried = []
             rows.append(row[: len(row) - len(carried)])
             row, used = list(carried), sum(other.width for other in carried)
@@ -174,21 +241,23 @@ def _scale(view: PatchView) -> _Scale:
     return _Scale(min(0.0, min(entropies, default=0.0)), nice_top(max(high, 0.5)))
 
 
-def _draw_head(drawing: Drawing, view: PatchView, scale: _Scale | None) -> None:
+def _describe(view: PatchView) -> str:
     tokens, patches = view.content.size + FRAME_TOKENS, view.patch_lengths.size
+    scheme = f" · {describe_scheme(view.scheme)}" if view.scheme is not None else ""
+    return f"{patches:,} patches · mean {tokens / patches:.3g} tokens{scheme}"
+
+
+def _draw_head(drawing: Drawing, view: PatchView, scale: _Scale | None, *lines: str) -> None:
     first, last = view.window
     shown = f", bytes {first:,} to {last:,} shown" if view.is_partial else ""
-    scheme = f" · {describe_scheme(view.scheme)}" if view.scheme is not None else ""
-    drawing.add(
-        Label(_LEFT, 22, _shortened(view.title, 90), 15, bold=True),
-        Label(
-            _LEFT,
-            41,
-            f"{view.content.size:,} bytes{shown} · {patches:,} patches · mean {tokens / patches:.3g} tokens{scheme}",
-            12,
-            Ink.SOFT,
-        ),
-    )
+    size = f"{view.content.size:,} bytes{shown}"
+    if len(lines) == 1:
+        drawing.add(Label(_LEFT, 22, _shortened(view.title, 90), 15, bold=True))
+        drawing.add(Label(_LEFT, 41, f"{size} · {lines[0]}", 12, Ink.SOFT))
+    else:
+        for number, line in enumerate(lines):
+            text = f"{line} · {size}" if number == 0 else line
+            drawing.add(Label(_LEFT, 22 + 19 * number, _shortened(text, 130), 12, Ink.SOFT))
     if scale is None:
         return
     x, y = max(drawing.width - 178, _LEFT + 300), 18.0
@@ -206,9 +275,14 @@ def _draw_head(drawing: Drawing, view: PatchView, scale: _Scale | None) -> None:
 
 
 def _draw_bands(
-    drawing: Drawing, columns: Sequence[_Column], top: float, height: float, lengths: dict[int, int]
+    drawing: Drawing,
+    columns: Sequence[_Column],
+    top: float,
+    height: float,
+    lengths: dict[int, int],
+    apart: frozenset[int],
 ) -> None:
-    """Draw each patch's band, its length above it, and a mark where it begins."""
+    """Draw each patch's band, its length above it, and a mark where it begins; starts in `apart` stand out."""
     begin = 0
     for index in range(1, len(columns) + 1):
         if index < len(columns) and columns[index].token.patch == columns[begin].token.patch:
@@ -217,7 +291,9 @@ def _draw_bands(
         patch, x, width = first.token.patch, first.x, last.x + last.width - first.x
         drawing.add(Rect(x, top, width, height, Ink.BAND_B if patch % 2 else Ink.BAND_A))
         if first.token.starts:
-            drawing.add(Path(((x, top - 3), (x, top + height)), Ink.SOFT, 1.1))
+            stands_out = first.token.token in apart
+            mark = ((x, top - 3), (x, top + height))
+            drawing.add(Path(mark, Ink.FIRE if stands_out else Ink.SOFT, 2.2 if stands_out else 1.1))
         length = str(lengths[patch])
         if width >= 6.2 * len(length) and lengths[patch] > 1:
             drawing.add(Label(x + width / 2, top - 4, length, 9, Ink.SOFT, "middle"))
@@ -268,7 +344,9 @@ def _draw_run(drawing: Drawing, run: Sequence[tuple[float, float]]) -> None:
         drawing.add(Path((run[0], run[-1]), Ink.BAR, 1.2, dashed=True))
 
 
-def _draw_text(drawing: Drawing, cells: Sequence[_Cell], columns: Sequence[_Column], top: float) -> None:
+def _draw_text(
+    drawing: Drawing, cells: Sequence[_Cell], columns: Sequence[_Column], top: float, *, with_bytes: bool = True
+) -> None:
     """Write the characters, and the bytes below those that have several."""
     index = 0
     for cell in cells:
@@ -276,7 +354,7 @@ def _draw_text(drawing: Drawing, cells: Sequence[_Cell], columns: Sequence[_Colu
         index += len(cell.tokens)
         middle = (own[0].x + own[-1].x + own[-1].width) / 2
         drawing.add(_character(cell, middle, top + 17.5))
-        if len(cell.data) > 1:
+        if with_bytes and len(cell.data) > 1:
             for column, byte in zip(own, cell.data, strict=True):
                 drawing.add(Label(column.middle, top + _TEXT + 8, f"{byte:02x}", 7.5, Ink.SOFT, "middle", mono=True))
 

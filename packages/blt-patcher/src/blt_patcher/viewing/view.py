@@ -87,13 +87,22 @@ class PatchView:
 
     @property
     def window(self) -> tuple[int, int]:
-        """The first byte shown, moved to the beginning of its character, and the byte after the last one shown."""
+        """The first byte shown and the byte after the last one, moved so that neither cuts a character."""
         first, last = self.first_byte, min(self.first_byte + self.shown_bytes, self.content.size)
-        for back in range(1, _LONGEST_TAIL + 1):
-            if first == self.content.size or not 0x80 <= self.content[first] < 0xC0 or first == 0:
-                break
-            first = max(self.first_byte - back, 0)
-        return first, last
+        begin = self._character_start(first)
+        end = self._character_start(last)
+        return begin, end if end > begin else last
+
+    def _character_start(self, byte: int) -> int:
+        """Return the first byte of the character that a byte is within, or the byte itself."""
+        if byte == self.content.size:
+            return byte
+        for place in range(byte, max(byte - _LONGEST_TAIL, 0) - 1, -1):
+            value = int(self.content[place])
+            if not 0x80 <= value < 0xC0:
+                width = 1 if value < 0xC0 else 2 if value < 0xE0 else 3 if value < 0xF0 else 4
+                return place if place + width > byte else byte
+        return byte
 
     @property
     def token_window(self) -> tuple[int, int]:
