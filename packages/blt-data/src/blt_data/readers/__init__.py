@@ -58,6 +58,8 @@ def read_unit(
 
     def tell(amount: int) -> None:
         nonlocal told
+        # Headers and padding count too: in the end it is the unit's weight, whatever the format.
+        amount = min(amount, unit.weight - told)
         told += amount
         advance(amount)
 
@@ -70,13 +72,13 @@ def read_unit(
     )
     try:
         yield from _READERS[unit.file.format](context)
+        tell(unit.weight - told)
     except SetupError:
         raise
     except InputError as error:
         # With the policy fail, an error that it raised itself comes by here, and is raised again.
-        rest = max(0, unit.weight - told)
-        policy.bad(error, DAMAGED, rest)
-        advance(rest)
+        policy.bad(error, DAMAGED, unit.weight - told)
+        tell(unit.weight - told)
     finally:
         if opened is None:
             context.opened.close()

@@ -30,7 +30,14 @@ from blt_data.sources.files import (
     unrecognised,
 )
 from blt_data.sources.globs import compile_glob, fixed_prefix, has_magic
-from blt_data.sources.retrying import ByteStream, RetryingFile, TemporaryError, temporary_status, with_retries
+from blt_data.sources.retrying import (
+    ByteStream,
+    RemoteError,
+    RetryingFile,
+    TemporaryError,
+    temporary_status,
+    with_retries,
+)
 
 T = TypeVar("T")
 
@@ -89,8 +96,9 @@ def hub_source(where: HubPath, *, name: str | None, kind: Format | None) -> Sour
     """
     api = HfApi()
     commit = _ask(lambda: api.dataset_info(where.dataset, revision=where.revision, expand=["sha"]).sha, where)
-    pinned = HubPath(dataset=where.dataset, path=where.path, revision=commit)
-    found = _ask(lambda: _listing(api, pinned), where)
+    if commit is None:
+        raise RemoteError(f"{where}: the hub does not tell its commit; run the same command again")
+    found = _ask(lambda: _listing(api, where, commit), where)
     files, others = list[SourceFile](), list[RepoFile]()
     whole_directory = not has_magic(where.path) and not (len(found) == 1 and found[0].path == where.path)
     base = where.path if whole_directory else fixed_prefix(where.path)
@@ -122,7 +130,7 @@ def hub_source(where: HubPath, *, name: str | None, kind: Format | None) -> Sour
     )
 
 
-def _listing(api: HfApi, where: HubPath) -> list[RepoFile]:
+def _listing(api: HfApi, where: HubPath, commit: str) -> list[RepoFile]:
     """Return the files that a path, a directory or a glob names.
 
     Raises:
@@ -132,9 +140,7 @@ def _listing(api: HfApi, where: HubPath) -> list[RepoFile]:
     whole = not has_magic(where.path)
     # A file is found in the listing of its directory; so one request serves, whatever the path turns out to be.
     prefix = fixed_prefix(where.path)
-    entries = api.list_repo_tree(
-        where.dataset, prefix or None, recursive=True, revision=where.revision, repo_type="dataset"
-    )
+    entries = api.list_repo_tree(where.dataset, prefix or None, recursive=True, revision=commit, repo_type="dataset")
     found = [
         entry
         for entry in entries
@@ -143,9 +149,8 @@ def _listing(api: HfApi, where: HubPath) -> list[RepoFile]:
     ]
     if not found:
         what = "file matches this glob" if not whole else "such file or directory is in the dataset"
-        raise InputError(
-            f"{where}: no {what}; see https://huggingface.co/datasets/{where.dataset}/tree/{where.revision}"
-        )
+        page = f"{api.endpoint}/datasets/{where.dataset}/tree/{commit}"
+        raise InputError(f"{where}: no {what}; see {page}")
     return found
 
 

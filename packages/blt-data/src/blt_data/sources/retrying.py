@@ -27,6 +27,9 @@ LONGEST_PAUSE: Final = 60.0
 #: Seconds that a server's Retry-After is honoured at most.
 LONGEST_ASKED: Final = 900.0
 
+#: Bytes at the end of a file that are fetched in one go: where Parquet keeps its footer, and all of a small file.
+TAIL_BYTES: Final = 1 << 20
+
 _TEMPORARY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -147,6 +150,7 @@ class RetryingFile(io.RawIOBase):
         self._position = 0
         self._stream: ByteStream | None = None
         self._stream_position = 0
+        self._tail: bytes | None = None
 
     def readable(self) -> bool:
         """Return True."""
@@ -175,12 +179,27 @@ class RetryingFile(io.RawIOBase):
         """
         left = max(0, self._size - self._position)
         wanted = left if size is None or size < 0 else min(size, left)
-        pieces, failures = [], 0
+        if not wanted:
+            return b""
+        start = max(0, self._size - TAIL_BYTES)
+        streaming = self._stream is not None and self._stream_position == self._position
+        if self._position >= start and not streaming:
+            if self._tail is None:
+                self._tail = self._fetch(start, self._size - start)
+            offset = self._position - start
+            data = self._tail[offset : offset + wanted]
+        else:
+            data = self._fetch(self._position, wanted)
+        self._position += len(data)
+        return data
+
+    def _fetch(self, start: int, wanted: int) -> bytes:
+        position, pieces, failures = start, list[bytes](), 0
         while wanted:
             try:
-                piece = self._stream_at_position().read(wanted)
+                piece = self._stream_at(position).read(wanted)
                 if not piece:
-                    raise TemporaryError(f"the connection ended at byte {self._position:,} of {self._size:,}")
+                    raise TemporaryError(f"the connection ended at byte {position:,} of {self._size:,}")
             except Exception as error:
                 self._drop()
                 failures += 1
@@ -189,19 +208,19 @@ class RetryingFile(io.RawIOBase):
             failures = 0
             pieces.append(piece)
             wanted -= len(piece)
-            self._position += len(piece)
-            self._stream_position = self._position
+            position += len(piece)
+            self._stream_position = position
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _stream_at_position(self) -> ByteStream:
-        if self._stream is not None and self._stream_position != self._position:
-            if self._stream.skip_to(self._position):
-                self._stream_position = self._position
+    def _stream_at(self, position: int) -> ByteStream:
+        if self._stream is not None and self._stream_position != position:
+            if self._stream.skip_to(position):
+                self._stream_position = position
             else:
                 self._drop()
         if self._stream is None:
-            self._stream = self._connect(self._position)
-            self._stream_position = self._position
+            self._stream = self._connect(position)
+            self._stream_position = position
         return self._stream
 
     def _drop(self) -> None:
