@@ -16,19 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from datatrove.pipeline.filters import LambdaFilter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blt_data import InputError, ShardDirectory
-from blt_data.ingest import PrepareConfig, PrepareResult, PrepareStart, prepare
-from blt_data.pipeline import ShardWriter, SourceReader
-from blt_data.plan import plan_tasks
-from blt_data.reading import Reading
+from blt_data.ingest import Listener, PrepareConfig, PrepareResult, PrepareStart, prepare
 from blt_data.sample import decode_python
-from blt_data.sources import resolve_source
 from blt_data.splits import split_of
-from blt_data.staging import read_record
 
 from .corpora import HARD_TEXTS, files_of, json_lines, read_documents, write_compressed, write_parquet
 
@@ -40,7 +34,9 @@ EXPECTED = [(name, text.encode()) for name, text in zip(IDS, HARD_TEXTS, strict=
 
 
 def run(source: Path | str, output: Path, **options: object) -> PrepareResult:
-    return prepare(PrepareConfig(source=str(source), output=output, **options))  # type: ignore[arg-type]
+    """Prepare in source order, in which it is easy to say what must come out; test_shuffle.py has the rest."""
+    config = PrepareConfig(source=str(source), output=output, **{"shuffle_seed": None, **options})  # type: ignore[arg-type]
+    return prepare(config)
 
 
 def as_parquet(folder: Path) -> Path:
@@ -371,7 +367,12 @@ def test_mended_source_takes_over_the_tasks_that_were_good(tmp_path: Path) -> No
     (folder / "1.jsonl").write_bytes(json_lines(["x" * 1000]))
     os.utime(folder / "1.jsonl", ns=(1, 1))
     starts: list[PrepareStart] = []
-    prepare(PrepareConfig(source=str(folder), output=tmp_path / "out", shard_bytes=500), on_start=starts.append)
+    prepare(
+        PrepareConfig(source=str(folder), output=tmp_path / "out", shard_bytes=500, shuffle_seed=None),
+        listener=Listener(on_start=starts.append),
+    )
+    # The tasks of the two files that have not changed.
+    assert [start.tasks_resumed for start in starts] == [2]
     assert [content[:6] for _, content in read_documents(tmp_path / "out")] == [
         b"000000",
         b"xxxxxx",
@@ -381,32 +382,6 @@ def test_mended_source_takes_over_the_tasks_that_were_good(tmp_path: Path) -> No
     ]
     run(folder, tmp_path / "fresh", shard_bytes=500)
     assert files_of(tmp_path / "fresh") == files_of(tmp_path / "out")
-
-
-def test_blocks_take_datatrove_filters_between_them(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", ["keep 1", "drop", "keep 2"])
-    tasks = plan_tasks(
-        resolve_source(str(tmp_path / "a.parquet")),
-        Reading(source="s"),
-        task_bytes=None,
-        context={"filter": "keep"},
-    )
-    reader = SourceReader(tasks)
-    writer = ShardWriter(
-        [tmp_path / "task"],
-        reader=reader,
-        source_name="s",
-        shard_bytes=100,
-        provenance={"all": {}},
-        holdout_fraction=None,
-    )
-    data = None
-    for block in (reader, LambdaFilter(lambda document: "keep" in document.text), writer):
-        data = block.run(data, 0, 1)
-    assert [document.text for document in data or ()] == ["keep 1", "keep 2"]
-    record = read_record(tmp_path / "task")
-    assert record is not None
-    assert [(entry.documents, entry.bytes) for entry in record.splits["all"]] == [(2, 12)]
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:

@@ -64,13 +64,18 @@ def working_directory(output: Path) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if not any(work.glob(f"*/*/{RECORD_NAME}")):
+            if not _has_documents(work):
                 shutil.rmtree(work, ignore_errors=True)
                 with suppress(OSError):
                     if made:
                         output.rmdir()
             raise
         shutil.rmtree(work)
+
+
+def _has_documents(work: Path) -> bool:
+    records = (read_scatter_record(path.parent) for path in work.glob(f"scatter/*/{RECORD_NAME}"))
+    return any(record is not None and record.documents for record in records)
 
 
 def discard_others(job: Job, keys: set[str]) -> int:
