@@ -41,6 +41,7 @@ from blt_data.skips import Skips
 
 _WORK_NAME: Final = ".work"
 _PLAN_NAME: Final = "merge"
+_LOCK_NAME: Final = "lock"
 _READ_SIZE: Final = 1 << 20
 
 
@@ -100,13 +101,13 @@ def _working_directory(plan: MergePlan) -> Iterator[None]:
     output = plan.config.output
     work = output / _WORK_NAME
     state = work / _PLAN_NAME
-    if output.is_dir() and any(output.iterdir()) and not state.exists():
+    if output.is_dir() and not state.exists() and not _is_new(output):
         raise InputError(
             f"{output}: is not empty and holds no unfinished run of blt-data merge; name a new or an empty directory"
         )
     made = not output.exists()
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with (work / _LOCK_NAME).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -127,6 +128,16 @@ def _working_directory(plan: MergePlan) -> Iterator[None]:
                         output.rmdir()
             raise
         shutil.rmtree(work)
+
+
+def _is_new(output: Path) -> bool:
+    """Return whether a directory holds nothing, or what a run leaves that was killed before it wrote its plan."""
+    if any(path.name != _WORK_NAME for path in output.iterdir()):
+        return False
+    work = output / _WORK_NAME
+    return not work.exists() or all(
+        path.name == _LOCK_NAME or path.name.startswith(f".{_PLAN_NAME}.") for path in work.iterdir()
+    )
 
 
 def _begin(plan: MergePlan, state: Path) -> None:
