@@ -3,12 +3,12 @@
 `blt-patch calibrate --output threshold.json` writes one; `precompute`, `repatch` and `show` take it with
 `--scheme-file`, so that training and held-out data are cut by the same rule without a number copied by hand:
 
-    {"format": "blt-patch-scheme", "version": 1, "scheme": {…}, "calibration": {…}, "entropy_model": "<fingerprint>",
-     "entropy_settings": {…}, "curve": […]}
+    {"format": "blt-patch-scheme", "version": 1, "scheme": {…}, "calibration": {…},
+     "entropy_model": {"fingerprint": …}, "entropy_settings": {…}, "curve": […]}
 
 `scheme` alone is needed. `calibration` goes into the provenance of what is patched, which is how a directory knows the
-mean patch length it was meant to have (`drift`). `entropy_model` is the fingerprint of the model that scored the
-sample: a threshold means nothing with another one, so `SchemeFile.check_model` refuses that.
+mean patch length it was meant to have (`drift`). `entropy_model` says which model scored the sample: a threshold means
+nothing with another one, so `SchemeFile.check_model` refuses that.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class SchemeFile:
     calibration: Mapping[str, Any] | None
     """How its threshold was found, for provenance: `precompute(…, calibration=…)` takes it as it is."""
 
-    entropy_model: str | None
-    """Fingerprint of the entropy model that the threshold was found with, if known."""
+    entropy_model: Mapping[str, Any] | None
+    """The entropy model that the threshold was found with, if known: its identity without its configuration."""
 
     def check_model(self, identity: Mapping[str, Any] | None) -> None:
         """Refuse entropies of another model than the threshold was found with.
@@ -58,14 +58,16 @@ class SchemeFile:
                 `fingerprint`. None passes, for schemes that read no entropies.
 
         Raises:
-            InputError: its fingerprint is another.
+            InputError: its fingerprint is another, or its contexts begin elsewhere.
         """
-        fingerprint = identity.get("fingerprint") if identity is not None else None
-        if self.entropy_model is not None and fingerprint is not None and fingerprint != self.entropy_model:
-            raise InputError(
-                f"{self.path}: holds a threshold for the entropy model {self.entropy_model[:16]}…, but these entropies "
-                f"come from {str(fingerprint)[:16]}…; run blt-patch calibrate with the model that is used"
-            )
+        if self.entropy_model is None or identity is None:
+            return
+        for key, value in self.entropy_model.items():
+            if key in identity and identity[key] != value:
+                raise InputError(
+                    f"{self.path}: holds a threshold for an entropy model with {key} {_brief(value)}, but the one used "
+                    f"has {_brief(identity[key])}; run blt-patch calibrate with that one"
+                )
 
 
 def scheme_file_to_json(
@@ -81,17 +83,17 @@ def scheme_file_to_json(
     Args:
         scheme: how to patch.
         calibration: how the threshold was found.
-        entropy_model: the model's identity, of which the file keeps the fingerprint.
+        entropy_model: the model's identity, of which the file keeps all but the configuration.
         entropy_settings: how the model was run.
         curve: thresholds and the mean patch lengths they give, for readers.
     """
-    fingerprint = entropy_model.get("fingerprint") if entropy_model is not None else None
+    model = {key: value for key, value in (entropy_model or {}).items() if key != "config"}
     return {
         "format": SCHEME_FILE_FORMAT,
         "version": SCHEME_FILE_VERSION,
         "scheme": scheme_to_json(scheme),
         "calibration": dict(calibration) if calibration is not None else None,
-        "entropy_model": fingerprint,
+        "entropy_model": model or None,
         "entropy_settings": dict(entropy_settings) if entropy_settings is not None else None,
         "curve": [dict(point) for point in curve] if curve is not None else None,
     }
@@ -136,18 +138,17 @@ def read_scheme_file(path: str | os.PathLike[str]) -> SchemeFile:
     unknown = [key for key in values if key not in _KEYS]
     if unknown:
         raise InputError(f"{file}: has an unknown key {unknown[0]!r}; a scheme file has {', '.join(_KEYS)}")
-    calibration, fingerprint = values.get("calibration"), values.get("entropy_model")
-    if calibration is not None and not isinstance(calibration, dict):
-        raise InputError(f"{file}: calibration is {type(calibration).__name__}, not an object; {_MEND}")
-    if fingerprint is not None and not isinstance(fingerprint, str):
-        raise InputError(f"{file}: entropy_model is {type(fingerprint).__name__}, not a fingerprint; {_MEND}")
+    calibration, model = values.get("calibration"), values.get("entropy_model")
+    for name, value in (("calibration", calibration), ("entropy_model", model)):
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f"{file}: {name} is {type(value).__name__}, not an object; {_MEND}")
     if not isinstance(values.get("scheme"), dict):
         raise InputError(f"{file}: names no scheme; {_MEND}")
     try:
         scheme = scheme_from_json(values["scheme"])
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    return SchemeFile(path=file, scheme=scheme, calibration=calibration, entropy_model=fingerprint)
+    return SchemeFile(path=file, scheme=scheme, calibration=calibration, entropy_model=model)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -168,3 +169,8 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{file}: is no scheme file; {_MEND}")
     return values
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:16]}…"
