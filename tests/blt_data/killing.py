@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-import blt_data.executor  # noqa: F401  # imported here, before forking, to be quick
+import blt_data.stages  # noqa: F401  # imported here, before forking, to be quick
 from blt_data.ingest import PrepareConfig, prepare
 
 EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
@@ -36,7 +36,11 @@ def run(source: str, output: Path, kill_at: int | None) -> int:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
-        prepare(PrepareConfig(source=source, output=output, holdout_fraction=0.4, shard_bytes=400, workers=1))
+        prepare(
+            PrepareConfig(
+                source=source, output=output, holdout_fraction=0.4, shard_bytes=400, deduplicate=True, workers=1
+            )
+        )
         os.write(writer, str(steps).encode())
         os._exit(0)
     os.close(writer)
