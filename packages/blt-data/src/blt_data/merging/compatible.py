@@ -36,7 +36,7 @@ def check_compatible(
         _check_same(directories, _scheme, "patches of the scheme {}", "patch both by one scheme")
         _check_same(directories, _model, "patches by the entropy model {}", "patch both with one entropy model")
         kept = [directory for directory in directories if directory.manifest.shards]
-        _check_same(kept, _entropies, "shards {} entropies", "patch both with or without --keep-entropies")
+        _check_same(kept, _entropies, "shards {} entropies", "patch both with the same --entropies")
     if not allow_duplicates:
         _check_distinct(directories)
     if not allow_mixed_splits:
