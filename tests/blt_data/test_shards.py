@@ -295,7 +295,7 @@ def test_directory_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     shard = ShardDirectory.open(tmp_path / "d").shard(0)
     with pytest.raises(InputError, match="run blt-patch precompute"):
         shard.patch_lengths(0)
-    with pytest.raises(InputError, match="--keep-entropies"):
+    with pytest.raises(InputError, match="--entropies float16"):
         shard.entropy_column()
 
 

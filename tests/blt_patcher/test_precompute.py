@@ -73,10 +73,19 @@ def run(source: ShardDirectory, output: Path, **options: Any) -> PrecomputeResul
 def test_patched_shards_hold_the_documents_and_their_patches(
     source: ShardDirectory, tmp_path: Path, keep: bool
 ) -> None:
-    advanced: list[int] = []
-    result = run(source, tmp_path / "out", keep_entropies=keep, advance=advanced.append)
-    assert result.resumed_shards == 0
-    assert sum(advanced) == source.manifest.bytes + 2 * source.manifest.documents
+    told: list[tuple[int, ...]] = []
+    shards: list[bool] = []
+    result = run(
+        source,
+        tmp_path / "out",
+        keep_entropies=keep,
+        report=lambda *amounts: told.append(amounts),
+        on_shard=lambda entry, early: shards.append(early),
+    )
+    assert (result.resumed_shards, result.missing_shards) == (0, 0)
+    tokens = source.manifest.bytes + 2 * source.manifest.documents
+    assert [sum(column) for column in zip(*told, strict=True)] == [tokens, source.manifest.documents, tokens]
+    assert shards == [False] * len(source)
     assert verify_directory(tmp_path / "out") == []
     patched = ShardDirectory.open(tmp_path / "out", kind=ShardKind.PATCHED, verify=True)
     assert patched.manifest.documents == source.manifest.documents
@@ -220,7 +229,7 @@ def test_killed_without_warning_it_goes_on_to_the_same_bytes(tmp_path: Path) -> 
     source = make_bytes(tmp_path / "bytes", shards=shards)
     make_model(tmp_path / "model")
     # Small windows make every shard take a while.
-    options = ["--threshold", "5.2", "--keep-entropies", "--window-tokens", "64", "--device", "cpu"]
+    options = ["--threshold", "5.2", "--entropies", "float16", "--window-tokens", "256", "--device", "cpu"]
     command = [*EXECUTABLE, "precompute", "bytes", "--output", "killed", "--entropy-model", "model", *options]
     killed = tmp_path / "killed"
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
@@ -232,7 +241,7 @@ def test_killed_without_warning_it_goes_on_to_the_same_bytes(tmp_path: Path) -> 
     assert not (killed / "manifest.json").exists()
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     # The uninterrupted run, in this process: the command and the functions give the same files.
-    scorer = EntropyScorer(load_entropy_model(tmp_path / "model"), window_tokens=64)
+    scorer = EntropyScorer(load_entropy_model(tmp_path / "model"), window_tokens=256)
     precompute(source, tmp_path / "whole", scheme=EntropyScheme(threshold=5.2), scorer=scorer, keep_entropies=True)
     assert tree(killed) == tree(tmp_path / "whole")
     assert {name: (killed / name).stat().st_mtime_ns for name in finished} == finished

@@ -131,15 +131,14 @@ class EntropyScorer:
             InputError: `window_tokens` is less than 1, or there is no such precision.
         """
         self.device = torch.device(device)
-        if window_tokens is None:
-            window_tokens = default_window_tokens(self.device)
-        if precision not in (None, *PRECISIONS):
-            raise InputError(f"precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}")
-        window_capacity(window_tokens)
-        self.model = model.eval()
-        self.window_tokens = window_tokens
+        self.settings = scoring_settings(
+            model, self.device.type, window_tokens=window_tokens, precision=precision, compile=compile
+        )
+        """What decides on the last bits of the result besides the model, for provenance."""
+        self.window_tokens: int = self.settings["window_tokens"]
         self.reset_at_newlines = reset_at_newlines
-        self._bfloat16 = precision == "bfloat16" or (precision is None and self.device.type == "cuda")
+        self.model = model.eval()
+        self._bfloat16 = self.settings["precision"] == "bfloat16"
         self._compiled = compile
         # What computes may differ from what is identified: its weights lie on the device, in the precision asked for.
         self._runner = _in_bfloat16(model, self.device) if self._bfloat16 else model.to(self.device)
@@ -150,23 +149,7 @@ class EntropyScorer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The model's fingerprint and configuration and how its contexts begin, for provenance."""
-        return {
-            "fingerprint": model_fingerprint(self.model),
-            "config": to_json(self.model.config),
-            "reset_at_newlines": self.reset_at_newlines,
-        }
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides on the last bits of the result besides the model, for provenance."""
-        parameter = next(self.model.parameters())
-        return {
-            "window_tokens": self.window_tokens,
-            "precision": "bfloat16" if self._bfloat16 else str(parameter.dtype).removeprefix("torch."),
-            "compiled": self._compiled,
-            "device": self.device.type,
-            "torch": torch.__version__.split("+")[0],
-        }
+        return scorer_identity(self.model, self.reset_at_newlines)
 
     def score(
         self,
@@ -275,9 +258,50 @@ class EntropyScorer:
         return _Arrival(window, host, ready)
 
 
-def default_window_tokens(device: torch.device) -> int:
-    """Return the tokens in a window on a device, unless told."""
-    return GPU_WINDOW_TOKENS if device.type == "cuda" else CPU_WINDOW_TOKENS
+def scorer_identity(model: ByteLM, reset_at_newlines: bool) -> dict[str, Any]:
+    """Return a model's fingerprint and configuration and how its contexts begin, for provenance.
+
+    Args:
+        model: the entropy model.
+        reset_at_newlines: whether contexts begin at newline tokens too.
+    """
+    return {
+        "fingerprint": model_fingerprint(model),
+        "config": to_json(model.config),
+        "reset_at_newlines": reset_at_newlines,
+    }
+
+
+def scoring_settings(
+    model: ByteLM, device: str, *, window_tokens: int | None, precision: str | None, compile: bool
+) -> dict[str, Any]:
+    """Return what decides on the last bits of entropies besides the model, for provenance.
+
+    Args:
+        model: the entropy model.
+        device: kind of device, `cpu` or `cuda`.
+        window_tokens: as `EntropyScorer` takes it.
+        precision: as `EntropyScorer` takes it.
+        compile: whether the model is compiled.
+
+    Raises:
+        InputError: `window_tokens` is less than 1, or there is no such precision.
+    """
+    if window_tokens is None:
+        window_tokens = GPU_WINDOW_TOKENS if device == "cuda" else CPU_WINDOW_TOKENS
+    window_capacity(window_tokens)
+    if precision is None:
+        own = str(next(model.parameters()).dtype).removeprefix("torch.")
+        precision = "bfloat16" if device == "cuda" else own
+    elif precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}")
+    return {
+        "window_tokens": window_tokens,
+        "precision": precision,
+        "compiled": compile,
+        "device": device,
+        "torch": torch.__version__.split("+")[0],
+    }
 
 
 def score_documents(

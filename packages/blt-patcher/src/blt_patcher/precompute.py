@@ -1,8 +1,11 @@
-"""Byte shards to patched shards, one by one: atomic, resumable, the same bytes however often the job was killed.
+"""Byte shards to patched shards: atomic, resumable, the same bytes however often it was killed and wherever it ran.
 
 A patched shard holds in its own metadata all that decided on its content (the byte shards' fingerprint, scheme,
 entropy model, precision, packages). A run that finds finished shards made from the same takes them as they are; one
 that finds a shard made from anything else refuses the directory rather than mix the two.
+
+Shards are patched in this process, or by the workers of an executor, one shard a task. Array jobs patch some shards
+each into one directory; whichever finds all shards finished at its end writes the manifest.
 """
 
 from __future__ import annotations
@@ -10,16 +13,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from typing import Any, Final
 
 from blt_data import (
     Manifest,
@@ -30,40 +31,18 @@ from blt_data import (
     entry_of_finished_shard,
     read_manifest,
     write_manifest,
-    write_shard,
 )
 from blt_data.errors import InputError
+from blt_data.executors import Executor, Report
 from blt_data.shards import MANIFEST_NAME
-from blt_patcher.boundaries import patch_documents
 from blt_patcher.schemes import PatchScheme, scheme_to_json
-from blt_patcher.windows import framed_offsets
+from blt_patcher.scorers import Scorer, ScorerIdentity
+from blt_patcher.shard_job import ShardJob, patch_in_this_process, start_worker
 
 log = logging.getLogger(__name__)
 
-#: Arrow's lists count their items in 32 bits.
-_LARGEST_LIST: Final = 2**31 - 1
-
-
-class Scorer(Protocol):
-    """What gives entropies; `entropies.EntropyScorer` does, without this module importing torch."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The model's fingerprint and configuration."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides on the last bits of the result besides the model."""
-
-    def score(
-        self,
-        content: npt.NDArray[np.uint8],
-        content_offsets: npt.NDArray[np.int64],
-        *,
-        name: str = ...,
-        advance: Callable[[int], None] | None = None,
-    ) -> npt.NDArray[np.float16]:
-        """Return float16 [N + 2D] nats after each framed token."""
+#: Finished shards whose checksums are recomputed at once.
+_READERS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +50,24 @@ class PrecomputeResult:
     """What a run of `precompute` did."""
 
     manifest: Manifest
-    """The finished directory's manifest."""
+    """The finished directory's manifest; of the shards finished so far where some are missing."""
 
     resumed_shards: int
-    """Shards that an earlier run had finished."""
+    """Shards of this run that an earlier one had finished."""
+
+    missing_shards: int = 0
+    """Shards that are still to be patched, so that there is no manifest yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """Where shards are patched if not in this process."""
+
+    executor: Executor
+    """Runs one task a shard."""
+
+    load_scorer: Callable[[], Scorer] | None
+    """Picklable; gives each worker its scorer. None where no entropies are needed."""
 
 
 def precompute(
@@ -82,25 +75,34 @@ def precompute(
     output: str | os.PathLike[str],
     *,
     scheme: PatchScheme,
-    scorer: Scorer | None = None,
+    scorer: Scorer | ScorerIdentity | None = None,
     keep_entropies: bool = False,
     calibration: Mapping[str, Any] | None = None,
-    advance: Callable[[int], None] | None = None,
+    report: Report | None = None,
+    on_shard: Callable[[ShardEntry, bool], None] | None = None,
+    workers: Workers | None = None,
+    only: Iterable[int] | None = None,
 ) -> PrecomputeResult:
-    """Patch every shard of a directory; run again after a crash, it goes on where it was.
+    """Patch the shards of a directory; run again after a crash, it goes on where it was.
 
     Args:
         source: the byte shards.
         output: the directory to write; created if missing.
         scheme: how to patch.
-        scorer: gives the entropies; needed if the scheme needs them or they are to be kept.
+        scorer: gives the entropies; needed if the scheme needs them or they are to be kept. With `workers` it only
+            tells what their scorers are.
         keep_entropies: store the entropies beside the patch lengths.
         calibration: how the scheme's threshold was found, kept in provenance.
-        advance: called with the number of framed tokens done, as they get done.
+        report: called from any thread with the framed tokens done since its last call, the documents, and the tokens
+            once more (an executor's `Report`); negative amounts take back what a failed attempt had told.
+        on_shard: called with the entry of each shard that is finished, and whether an earlier run had finished it.
+        workers: who patches; None patches in this process.
+        only: indices of the shards to patch; None for all. Others may be patched into the same directory at the same
+            time.
 
     Raises:
-        InputError: the output holds something else or another process writes to it, an input shard is damaged, or the
-            model is broken.
+        InputError: the output holds something else or another process writes to it, an input shard is damaged, the
+            model is broken, or some shards could not be patched by the workers.
         OSError: the output cannot be written.
     """
     check_arguments(scheme, scorer is not None, keep_entropies)
@@ -110,42 +112,135 @@ def precompute(
     )
     check_output(source, target, provenance)
     target.mkdir(parents=True, exist_ok=True)
-    with held(target):
-        entries: list[ShardEntry] = []
-        resumed = 0
-        for index, wanted in enumerate(source.manifest.shards):
-            entry = entry_of_finished_shard(target / wanted.name)
-            if entry is None:
-                entry = patch_shard(
-                    source.verified_shard(index),
-                    target / wanted.name,
-                    scheme=scheme,
-                    scorer=scorer,
-                    keep_entropies=keep_entropies,
-                    provenance=provenance,
-                    advance=advance,
-                )
-            else:
-                log.info("%s is finished already", target / wanted.name)
-                resumed += 1
-                if advance is not None:
-                    advance(wanted.bytes + 2 * wanted.documents)
-            entries.append(entry)
-        manifest = Manifest(kind=ShardKind.PATCHED, shards=tuple(entries), provenance=provenance)
-        write_manifest(target, manifest)
-    return PrecomputeResult(manifest=manifest, resumed_shards=resumed)
+    wanted = list(range(len(source))) if only is None else sorted(set(only))
+    told = report or (lambda tokens, documents, content: None)
+    with held(target, shared=only is not None):
+        entries = _finished(source, target, wanted)
+        resumed = len(entries)
+
+        def done(index: int, entry: ShardEntry, early: bool = False) -> None:
+            entries[index] = entry
+            if on_shard is not None:
+                on_shard(entry, early)
+
+        for index, entry in list(entries.items()):
+            done(index, entry, True)
+        job = ShardJob(
+            source=source, output=target, scheme=scheme, keep_entropies=keep_entropies, provenance=provenance
+        )
+        left = [index for index in wanted if index not in entries]
+        if workers is not None:
+            _patch_elsewhere(job, workers, left, done, told)
+        else:
+            patch_in_this_process(job, _local(scorer), left, done, told)
+        if only is None:
+            write_manifest(target, _manifest(entries, provenance))
+    missing = 0
+    if only is not None:
+        missing = _finish_if_complete(source, target, entries, provenance)
+    return PrecomputeResult(manifest=_manifest(entries, provenance), resumed_shards=resumed, missing_shards=missing)
+
+
+def _local(scorer: Scorer | ScorerIdentity | None) -> Scorer | None:
+    if scorer is not None and not hasattr(scorer, "score"):
+        raise TypeError("patching in this process takes a scorer that scores")
+    return scorer  # type: ignore[return-value]  # looked at just above
+
+
+def _patch_elsewhere(
+    job: ShardJob,
+    workers: Workers,
+    indices: list[int],
+    on_entry: Callable[[int, ShardEntry], None],
+    report: Report,
+) -> None:
+    """Patch some shards in an executor's workers.
+
+    Raises:
+        InputError: some could not be patched; the others are.
+    """
+    # Workers may stand in another directory.
+    source = ShardDirectory(job.source.path.absolute(), job.source.manifest)
+    placed = ShardJob(
+        source=source,
+        output=job.output.absolute(),
+        scheme=job.scheme,
+        keep_entropies=job.keep_entropies,
+        provenance=job.provenance,
+    )
+    failures = workers.executor.run(
+        partial(start_worker, placed, workers.load_scorer),
+        indices,
+        names=[str(job.source.path / job.source.manifest.shards[index].name) for index in indices],
+        on_progress=report,
+        on_result=lambda _, result: on_entry(result[1], result[0]),
+        shared_directory=placed.output,
+    )
+    if failures:
+        others = f", and {len(failures) - 1} more shards could not be patched" if len(failures) > 1 else ""
+        raise InputError(f"{failures[0]}{others}; what is finished is kept: mend that and run the same command again")
+
+
+def _finished(source: ShardDirectory, target: Path, indices: Iterable[int]) -> dict[int, ShardEntry]:
+    """Return the entries of those shards that are finished, reading several at once."""
+    places = list(indices)
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="blt-verify") as pool:
+        files = [target / source.manifest.shards[index].name for index in places]
+        found = dict(zip(places, pool.map(entry_of_finished_shard, files), strict=True))
+    entries = {index: entry for index, entry in found.items() if entry is not None}
+    for index in entries:
+        log.info("%s is finished already", target / source.manifest.shards[index].name)
+    return entries
+
+
+def _manifest(entries: Mapping[int, ShardEntry], provenance: Mapping[str, Any]) -> Manifest:
+    shards = tuple(entries[index] for index in sorted(entries))
+    return Manifest(kind=ShardKind.PATCHED, shards=shards, provenance=provenance)
+
+
+def _finish_if_complete(
+    source: ShardDirectory, target: Path, entries: dict[int, ShardEntry], provenance: Mapping[str, Any]
+) -> int:
+    """Write the manifest if no shard is missing, and return how many are.
+
+    Of several array jobs that end at once, at least one comes here after all shards are there and gets the lock: the
+    last to let go of it.
+
+    Args:
+        source: the byte shards.
+        target: the directory.
+        entries: of the shards that are known to be finished; the others' are added if all are there.
+        provenance: of the shards.
+    """
+    names = [entry.name for entry in source.manifest.shards]
+    missing = sum(not (target / name).exists() for name in names)
+    if missing or (target / MANIFEST_NAME).exists():
+        return missing
+    try:
+        with held(target):
+            entries.update(_finished(source, target, (n for n in range(len(source)) if n not in entries)))
+            if len(entries) == len(source):
+                write_manifest(target, _manifest(entries, provenance))
+    except InputError:
+        log.info("another job is still writing to %s, and will write its manifest", target)
+        return 0
+    return len(source) - len(entries)
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Hold a directory for this process alone; a killed process holds nothing.
+def held(directory: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a directory for this process; a killed process holds nothing.
+
+    Args:
+        directory: what to hold.
+        shared: let others hold it too, as long as all of them ask for that.
 
     Raises:
         InputError: another process holds it.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise InputError(f"{directory}: another process is writing to it; wait for its end") from None
@@ -157,62 +252,11 @@ def held(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def patch_shard(
-    shard: Shard,
-    path: Path,
-    *,
-    scheme: PatchScheme,
-    scorer: Scorer | None,
-    keep_entropies: bool,
-    provenance: Mapping[str, Any],
-    advance: Callable[[int], None] | None = None,
-) -> ShardEntry:
-    """Write the patched form of one byte shard; the file appears only when it is whole.
-
-    Args:
-        shard: the byte shard.
-        path: the file to write.
-        scheme: how to patch.
-        scorer: gives the entropies, or None if none are needed.
-        keep_entropies: store the entropies too.
-        provenance: what the new shard says of its making.
-        advance: called with the number of framed tokens done.
-
-    Returns:
-        The new shard's entry for the manifest.
-
-    Raises:
-        InputError: the model gives entropies that are not finite, or the shard is too large for Arrow's lists.
-        OSError: the file cannot be written.
-    """
-    offsets, content = shard.content_column()
-    tokens = framed_offsets(offsets)
-    if int(tokens[-1]) > _LARGEST_LIST:
-        raise InputError(f"{shard.path}: has {int(tokens[-1]):,} tokens, too many for one shard; make it smaller")
-    nats = None
-    if scorer is not None:
-        nats = scorer.score(content, offsets, name=str(shard.path), advance=advance)
-    patched = patch_documents(scheme, content, offsets, nats)
-    entry = write_shard(
-        path,
-        kind=ShardKind.PATCHED,
-        document_ids=shard.batch.column("document_id"),
-        contents=shard.batch.column("content"),
-        sources=shard.batch.column("source"),
-        patch_lengths=list_column(patched.offsets, patched.lengths),
-        entropies=list_column(tokens, nats) if keep_entropies and nats is not None else None,
-        provenance=provenance,
-    )
-    if scorer is None and advance is not None:
-        advance(int(tokens[-1]))
-    return entry
-
-
 def patch_provenance(
     source: ShardDirectory,
     *,
     scheme: PatchScheme,
-    scorer: Scorer | None,
+    scorer: ScorerIdentity | None,
     keep_entropies: bool,
     calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -305,8 +349,3 @@ def _first_difference(there: object, here: object, key: str = "") -> str | None:
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}…"
-
-
-def list_column(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.Array:
-    """Return an Arrow list column over values, without copying them."""
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))

@@ -19,11 +19,13 @@ from blt_data.errors import InputError
 from blt_data.shards import write_manifest
 from blt_data.shards.schema import ENTROPIES
 from blt_patcher.boundaries import default_threads, patch_documents
-from blt_patcher.precompute import PrecomputeResult, check_output, held, list_column
-from blt_patcher.schemes import PatchScheme, scheme_to_json
+from blt_patcher.precompute import PrecomputeResult, check_output, held
+from blt_patcher.schemes import PatchScheme, scheme_packages, scheme_to_json
+from blt_patcher.shard_job import list_column
 
-#: Packages whose releases decide on boundaries; the others that provenance names decided on the entropies.
+#: Packages whose releases decide on boundaries, and the one that decided on the entropies.
 _PACKAGES: Final = ("blt-data", "blt-patcher")
+_MODEL_PACKAGE: Final = "blt-model"
 
 
 def repatch(
@@ -55,6 +57,8 @@ def repatch(
     keep = check_source(source, scheme, keep_entropies)
     target = Path(output)
     provenance = repatch_provenance(source.manifest, scheme=scheme, keep_entropies=keep, calibration=calibration)
+    if target.exists() and target.resolve() == source.path.resolve():
+        raise InputError(f"{target}: holds the shards to be cut anew; name another directory to write to")
     check_output(source, target, provenance)
     target.mkdir(parents=True, exist_ok=True)
 
@@ -168,16 +172,18 @@ def repatch_provenance(
     told = before.get("packages")
     packages = {str(name): value for name, value in told.items()} if isinstance(told, dict) else {}
     now = {name: version(name) for name in _PACKAGES}
+    model = {name: packages[name] for name in (_MODEL_PACKAGE,) if scored and name in packages}
     after = {
         **before,
         "scheme": scheme_to_json(scheme),
         "calibration": dict(calibration) if calibration is not None else None,
         "entropies_kept": keep_entropies,
-        "packages": {**now, **{name: value for name, value in packages.items() if scored and name not in now}},
+        "packages": {**now, **model, **scheme_packages(scheme)},
     }
     after.pop("scored_by", None)
     if not scored:
         return {**after, "entropy_model": None, "entropy_settings": None}
-    if packages and any(packages.get(name) != release for name, release in now.items()):
-        after["scored_by"] = before.get("scored_by") or packages
+    changed = bool(packages) and any(packages.get(name) != release for name, release in now.items())
+    if older := before.get("scored_by") or (packages if changed else None):
+        after["scored_by"] = older
     return after

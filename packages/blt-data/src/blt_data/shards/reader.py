@@ -146,7 +146,7 @@ class Shard:
             InputError: this shard keeps no entropies.
         """
         if self._entropies is None:
-            raise InputError(f"{self.path}: keeps no entropies; run blt-patch precompute with --keep-entropies")
+            raise InputError(f"{self.path}: keeps no entropies; run blt-patch precompute with --entropies float16")
         return self._entropies
 
 

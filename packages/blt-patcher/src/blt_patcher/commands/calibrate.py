@@ -12,8 +12,9 @@ from blt_data import ShardDirectory, ShardKind
 from blt_data.console import format_bytes, friendly_errors, print_table
 from blt_data.errors import InputError
 from blt_patcher.calibrate import Calibration, Sample, calibrate, take_sample
-from blt_patcher.commands.options import entropy_scheme_option, sample_option, scheme_options, scoring_options
-from blt_patcher.commands.scoring import as_entropy_based, make_scorer, score_sample, warn_of_miss
+from blt_patcher.commands.model_options import ModelOptions, model_options
+from blt_patcher.commands.options import entropy_scheme_option, sample_option, scheme_options
+from blt_patcher.commands.scoring import as_entropy_based, score_sample, warn_of_miss
 from blt_patcher.scheme_file import scheme_file_to_json, write_scheme_file
 from blt_patcher.scheme_options import SchemeOptions, SchemeRequest, resolve_scheme
 from blt_patcher.schemes import describe_scheme
@@ -42,7 +43,6 @@ _OUTLINE_POINTS = 80
 @entropy_scheme_option
 @scheme_options
 @sample_option
-@scoring_options
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write a scheme file for precompute and repatch."
 )
@@ -50,6 +50,7 @@ _OUTLINE_POINTS = 80
 @click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Write the curve as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scheme file instead of tables.")
 @friendly_errors
+@model_options
 def calibrate_command(
     shards: Path,
     target_patch_length: float,
@@ -59,9 +60,7 @@ def calibrate_command(
     relative_threshold: float | None,
     max_patch_length: int | None,
     sample_bytes: int,
-    window_tokens: int | None,
-    device: str | None,
-    compile_model: bool,
+    running: ModelOptions,
     output: Path | None,
     html: Path | None,
     png: Path | None,
@@ -82,7 +81,8 @@ def calibrate_command(
     )
     request = resolve_scheme(options)
     directory = ShardDirectory.open(shards)
-    scorer = None if entropy_model is None else make_scorer(entropy_model, window_tokens, device, compile_model)
+    spec = running.spec(entropy_model)
+    scorer = None if spec is None else spec.load()
     found, sample, content = _find(
         directory, request, target_patch_length, sample_bytes, scorer, html is not None or png is not None
     )

@@ -41,11 +41,6 @@ scheme_options = combine_options(
     ),
     click.option("--max-patch-length", type=int, metavar="M", help="Longest patch in tokens; longer ones are split."),
 )
-scoring_options = combine_options(
-    click.option("--window-tokens", type=int, metavar="N", help="Tokens the entropy model sees at once."),
-    click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N  [the GPU if there is one]."),
-    click.option("--compile", "compile_model", is_flag=True, help="Compile the entropy model; pays off on a GPU."),
-)
 sample_option = click.option(
     "--sample-bytes",
     type=ByteSize(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -14,7 +15,14 @@ from blt_patcher.precompute import PrecomputeResult
 from blt_patcher.schemes import PatchScheme, describe_scheme
 
 
-def print_result(title: str, output: Path, scheme: PatchScheme, result: PrecomputeResult, seconds: float) -> None:
+def print_result(
+    title: str,
+    output: Path,
+    scheme: PatchScheme,
+    result: PrecomputeResult,
+    seconds: float,
+    more: Mapping[str, object] | None = None,
+) -> None:
     """Print the table about a finished directory, and a warning if its mean patch length is far from its target.
 
     Args:
@@ -23,6 +31,7 @@ def print_result(title: str, output: Path, scheme: PatchScheme, result: Precompu
         scheme: how it was patched.
         result: what was done.
         seconds: how long it took.
+        more: rows that only one of the subcommands has.
     """
     manifest = result.manifest
     patches = manifest.patches or 0
@@ -40,8 +49,9 @@ def print_result(title: str, output: Path, scheme: PatchScheme, result: Precompu
     }
     if not result.resumed_shards and seconds > 0:
         rows["speed"] = f"{format_bytes(manifest.bytes / seconds)}/s"
-    print_table(title, rows)
-    warn_of_drift(manifest)
+    print_table(title, rows | dict(more or {}))
+    if not result.missing_shards:
+        warn_of_drift(manifest)
 
 
 def warn_of_drift(manifest: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -11,8 +10,7 @@ import numpy.typing as npt
 
 from blt_data.console import progress
 from blt_data.errors import InputError
-from blt_data.openmp import spin_less
-from blt_patcher.calibrate import Calibration, EntropyBasedScheme, Sample, calibrate
+from blt_patcher.calibrate import Calibration, EntropyBasedScheme, Sample
 from blt_patcher.schemes import PatchScheme
 
 if TYPE_CHECKING:
@@ -20,24 +18,6 @@ if TYPE_CHECKING:
 
 #: Distance of the nearest mean from the target, as a share of it, that is worth a warning.
 _MISS: Final = 0.05
-
-
-def make_scorer(path: Path, window_tokens: int | None, device: str | None, compile_model: bool) -> EntropyScorer:
-    """Load the entropy model; torch is imported here, once there is something to do with it."""
-    if not path.is_dir():
-        raise InputError(f"{path}: no such model directory; name one that blt-train wrote, such as RUN/latest")
-    spin_less()
-    try:
-        from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model
-    except ModuleNotFoundError as error:
-        raise InputError(f"entropies need {error.name}; pip install 'blt-patcher[entropy]'") from error
-    where = choose_device(device)
-    return EntropyScorer(
-        load_entropy_model(path, device=where),
-        device=where,
-        window_tokens=window_tokens,
-        compile=compile_model,
-    )
 
 
 def as_entropy_based(scheme: PatchScheme) -> EntropyBasedScheme:
@@ -56,15 +36,6 @@ def score_sample(sample: Sample, scorer: EntropyScorer) -> npt.NDArray[np.float1
     tokens = sample.content.size + 2 * (sample.content_offsets.size - 1)
     with progress("scoring the sample", tokens, "B") as bar:
         return scorer.score(sample.content, sample.content_offsets, name="the sample", advance=bar.advance)
-
-
-def score_and_calibrate(
-    scheme: PatchScheme, free: str, target: float, sample: Sample, scorer: EntropyScorer
-) -> Calibration:
-    """Score the sample and find the threshold, showing progress."""
-    entropy_based = as_entropy_based(scheme)
-    nats = score_sample(sample, scorer)
-    return calibrate(entropy_based, free, target, sample.content, sample.content_offsets, nats)
 
 
 def warn_of_miss(found: Calibration) -> None:

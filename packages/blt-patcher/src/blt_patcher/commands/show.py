@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from blt_data.console import ByteSize, friendly_errors, print_table
 from blt_data.errors import InputError
 from blt_patcher.boundaries import patch_document
 from blt_patcher.calibrate import calibrate
-from blt_patcher.commands.options import SchemeChoice, scheme_choice_options, scoring_options
-from blt_patcher.commands.scoring import as_entropy_based, make_scorer, warn_of_miss
+from blt_patcher.commands.model_options import ModelOptions, model_options
+from blt_patcher.commands.options import SchemeChoice, scheme_choice_options
+from blt_patcher.commands.scoring import as_entropy_based, warn_of_miss
 from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_option
 from blt_patcher.lookup import find_document
 from blt_patcher.schemes import PatchScheme, scheme_from_json
@@ -64,13 +66,13 @@ class _Subject:
     help="Bytes to show at most.",
 )
 @click.option("--entropy-model", type=click.Path(path_type=Path), metavar="M", help="Model or run to score it with.")
-@scoring_options
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with the figure.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the figure as SVG.")
 @click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Write the figure as PNG.")
 @color_option
 @friendly_errors
 @scheme_choice_options
+@model_options
 def show_command(
     text: str | None,
     file: Path | None,
@@ -80,9 +82,7 @@ def show_command(
     limit: int,
     choice: SchemeChoice,
     entropy_model: Path | None,
-    window_tokens: int | None,
-    device: str | None,
-    compile_model: bool,
+    running: ModelOptions,
     html: Path | None,
     svg: Path | None,
     png: Path | None,
@@ -94,11 +94,9 @@ def show_command(
     patched, or, with scheme options, as it would be. Figures show the entropy before each byte and the threshold.
     """
     subject = _subject(text, file, directory, document)
-    scorer = None
-    if entropy_model is not None:
-        scorer = make_scorer(entropy_model, window_tokens, device, compile_model)
-    elif window_tokens is not None or device is not None or compile_model:
-        raise InputError("--window-tokens, --device and --compile are for an entropy model; leave them out")
+    spec = running.spec(entropy_model)
+    # A text to look at is scored before a model is compiled.
+    scorer = None if spec is None else dataclasses.replace(spec, compile=bool(running.compile_model)).load()
     view = _view(subject, choice, scorer, from_byte, limit)
     PatchPrinter(color).print(view)
     click.echo()

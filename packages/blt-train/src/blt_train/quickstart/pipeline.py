@@ -111,7 +111,7 @@ def _stages_before_threshold(options: QuickstartOptions) -> list[Stage]:
             "blt-patch", "precompute", str(root / "bytes" / "train"), "--output", str(root / "patches" / "train"),
             "--entropy-model", str(root / "entropy" / "latest"),
             "--target-patch-length", f"{options.target_patch_length:g}",
-            "--sample-bytes", str(CALIBRATION_BYTES), "--keep-entropies",
+            "--sample-bytes", str(CALIBRATION_BYTES), "--entropies", "float16",
         ),
     )  # fmt: skip
     return [prepare, entropy, patch]
@@ -123,7 +123,8 @@ def _stages_after_threshold(options: QuickstartOptions, threshold: float) -> lis
         title="Cut the held-out text into patches at the same threshold",
         arguments=(
             "blt-patch", "precompute", str(root / "bytes" / "holdout"), "--output", str(root / "patches" / "holdout"),
-            "--entropy-model", str(root / "entropy" / "latest"), "--threshold", repr(threshold), "--keep-entropies",
+            "--entropy-model", str(root / "entropy" / "latest"), "--threshold", repr(threshold),
+            "--entropies", "float16",
         ),
     )  # fmt: skip
     train = Stage(
