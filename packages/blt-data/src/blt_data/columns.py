@@ -72,4 +72,5 @@ def is_textual(kind: pa.DataType) -> bool:
         or pa.types.is_string_view(value)
         or pa.types.is_binary(value)
         or pa.types.is_large_binary(value)
+        or pa.types.is_binary_view(value)
     )

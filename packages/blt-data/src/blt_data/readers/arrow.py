@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
 import pyarrow as pa
@@ -16,6 +16,12 @@ from blt_data.shards.schema import CONTENT, DOCUMENT_ID
 from blt_data.sources import open_file
 
 _FILE_MAGIC: Final = b"ARROW1"
+
+_BYTES: Final[Mapping[pa.DataType, pa.DataType]] = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
 
 
 def read_arrow(context: Context) -> Iterator[DocumentBatch]:
@@ -49,7 +55,7 @@ def _read(context: Context, raw: IO[bytes] | Any) -> Iterator[DocumentBatch]:
     row = told = 0
     for batch in _batches(reader):
         chosen = pa.RecordBatch.from_arrays(
-            [batch.column(schema.field(index).name) for index in columns], names=list(columns.values())
+            [_as_bytes(batch.column(schema.field(index).name)) for index in columns], names=list(columns.values())
         )
         # Unlike those of Parquet, Arrow's buffers are taken as they are: offsets could point anywhere.
         chosen.validate(full=True)
@@ -58,6 +64,14 @@ def _read(context: Context, raw: IO[bytes] | Any) -> Iterator[DocumentBatch]:
         position = min(raw.tell(), context.file.size)
         context.advance(max(0, position - told))
         told = max(told, position)
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    """Return strings as bytes, so that one value which is no UTF-8 does not spoil the others."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary), safe=True)
+    return column.view(_BYTES[kind]) if kind in _BYTES else column
 
 
 def _batches(reader: Any) -> Iterator[pa.RecordBatch]:

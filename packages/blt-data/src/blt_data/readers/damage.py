@@ -9,8 +9,9 @@ import pyarrow as pa
 from blt_data.errors import InputError
 from blt_data.sources import SourceFile
 
-#: What Arrow and its Python layer raise for bytes that are not what they should be.
-DAMAGE: Final = (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError, StopIteration)
+#: What Arrow and its Python layer raise for bytes that are not what they should be. A damaged length may ask for more
+#: memory than there is.
+DAMAGE: Final = (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError)
 
 
 def unreadable(file: SourceFile, what: str, error: Exception) -> Exception:
