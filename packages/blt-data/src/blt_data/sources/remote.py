@@ -35,7 +35,6 @@ _DRIVERS: Final[Mapping[str, str]] = {
     "gcs": "gcsfs",
     "az": "adlfs",
     "abfs": "adlfs",
-    "abfss": "adlfs",
     "adl": "adlfs",
     "oci": "ocifs",
     "oss": "ossfs",
@@ -81,7 +80,7 @@ def remote_source(url: str, kind: Format | None) -> Source:
     system, path = _connect(url)
     entries, base, whole = _ask(lambda: _listing(system, path, shown), shown)
     files, others, other_bytes = list[SourceFile](), 0, 0
-    protocol = url.partition("://")[0]
+    before, after = _around(url, path)
     for name, entry in entries.items():
         relative = name.removeprefix(base).lstrip("/") if base else name.lstrip("/")
         check_name(relative, name)
@@ -93,7 +92,7 @@ def remote_source(url: str, kind: Format | None) -> Source:
             raise InputError(f"{shown}: the size of {relative} is not told; copy the files to this machine first")
         files.append(
             SourceFile(
-                location=_url_of(system, name, protocol),
+                location=f"{before}{name}{after}",
                 relative=relative,
                 format=recognised[0],
                 compression=recognised[1],
@@ -105,7 +104,7 @@ def remote_source(url: str, kind: Format | None) -> Source:
         raise InputError(f"{shown}: holds no {RECOGNISED}; name files of other names by a glob")
     title = posixpath.basename(base.rstrip("/")) if whole or len(files) > 1 else files[0].relative
     return Source(
-        name=title or protocol,
+        name=title or url.partition("://")[0],
         files=in_order(files),
         origin={"url": shown},
         skipped=unrecognised(others, other_bytes),
@@ -131,8 +130,17 @@ def _listing(system: Any, path: str, shown: str) -> tuple[dict[str, dict[str, An
     return system.find(path, detail=True), path, True
 
 
-def _url_of(system: Any, name: str, protocol: str) -> str:
-    return name if "://" in name else f"{protocol}://{name.lstrip('/') if protocol == 'memory' else name}"
+def _around(url: str, path: str) -> tuple[str, str]:
+    """Return what stands before and after the path in a URL, to name the other files of the listing.
+
+    Raises:
+        InputError: the URL is of a kind that says nothing of the sort.
+    """
+    first, chain, rest = url.partition("::")
+    stem = first.rstrip("/")
+    if not stem.endswith(path.rstrip("/")):
+        raise InputError(f"{scrub(url)}: fsspec lists no files behind such a URL; name the files by a plain URL")
+    return stem.removesuffix(path.rstrip("/")), chain + rest
 
 
 def _connect(url: str) -> tuple[Any, str]:
@@ -200,8 +208,9 @@ class _RemoteStream(ByteStream):
     def __init__(self, file: SourceFile, position: int) -> None:
         self._shown = scrub(file.location)
         try:
-            system, path = _connect(file.location)
-            self._file = system.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
+            # The file system is kept: of an archive it holds the file that all is in.
+            self._system, path = _connect(file.location)
+            self._file = self._system.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
         except Exception as error:
             raise _judged(error, self._shown) from error
         size = getattr(self._file, "size", None)
