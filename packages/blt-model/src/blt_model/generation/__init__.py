@@ -3,6 +3,7 @@
 from blt_model.generation.engine import Event, Generator
 from blt_model.generation.patching import NewPatcher, NextPatch
 from blt_model.generation.requests import Completion, Finish, Request, SamplingOptions
+from blt_model.generation.scoring import Score
 from blt_model.generation.text import CharacterStream, decode_stream
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "NextPatch",
     "Request",
     "SamplingOptions",
+    "Score",
     "decode_stream",
 ]

@@ -21,6 +21,7 @@ from blt_model.errors import ModelError
 from blt_model.generation.patching import NewPatcher
 from blt_model.generation.requests import Completion, Finish, Request
 from blt_model.generation.sampling import Sampler
+from blt_model.generation.scoring import Item, PackedScorer, Score, score_shared, sharing_pays, targets_of
 from blt_model.generation.session import BLTSession, ByteLMSession, Session
 from blt_model.generation.text import StopStrings
 from blt_model.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCABULARY_SIZE
@@ -119,6 +120,7 @@ class Generator:
         if rows < 1:
             raise ModelError(f"rows is {rows}; give at least 1.")
         self._session = _open_session(model, new_patcher, entropy_model, rows, graphs)
+        self._scorer = PackedScorer(model, new_patcher, entropy_model, prefill_tokens)
         self._prefill_tokens = prefill_tokens
         device = self._session.device
         self._sampler = Sampler(rows, device)
@@ -167,6 +169,37 @@ class Generator:
             if not self._texts:
                 return
             yield from self._step()
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[bytes], continuations: Sequence[bytes], *, with_end: bool = False) -> list[Score]:
+        """How probable given continuations are. Long prompts that several of them share are run once.
+
+        Args:
+            prompts: of the continuations, one for each; equal ones are shared.
+            continuations: to score; an empty one has log-probability 0.
+            with_end: score also that the document ends there.
+
+        Returns:
+            The scores, in the order of the continuations.
+
+        Raises:
+            ModelError: the numbers of prompts and continuations differ.
+        """
+        if len(prompts) != len(continuations):
+            raise ModelError(f"there are {len(prompts)} prompts and {len(continuations)} continuations; give pairs.")
+        scores = {index: Score(log_probabilities=(), is_greedy=True) for index in range(len(prompts))}
+        groups: dict[bytes, list[Item]] = {}
+        for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            if targets := targets_of(continuation, with_end):
+                groups.setdefault(prompt, []).append(Item(index, framed_prompt(prompt), targets))
+        alone: list[Item] = []
+        for items in groups.values():
+            if self._session.rows > 1 and sharing_pays(items):
+                scores.update(score_shared(self._session, items))
+            else:
+                alone.extend(items)
+        scores.update(self._scorer.score(alone))
+        return [scores[index] for index in range(len(prompts))]
 
     def _admit(self, waiting: _Waiting) -> Iterator[Event]:
         """Begin as many of the waiting texts as there is room for."""
