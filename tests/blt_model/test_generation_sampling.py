@@ -38,7 +38,8 @@ def defined_probabilities(logits: Floats, options: SamplingOptions, seen: set[in
     if options.min_p is not None:
         p[p < options.min_p * p.max()] = 0
         p /= p.sum()
-    return p
+    result: Floats = p
+    return result
 
 
 def random_options(rng: np.random.Generator) -> SamplingOptions:
