@@ -10,11 +10,12 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.blt_patcher.patched import HashScorer, make_patched
 from tests.blt_patcher.plain import patch_plainly
 
 from blt_data import Manifest, ShardDirectory, ShardKind, write_manifest, write_shard
 from blt_data.errors import InputError
-from blt_patcher import EntropyCombinedScheme, EntropyMonotonicScheme, EntropyScheme
+from blt_patcher import EntropyCombinedScheme, EntropyMonotonicScheme, EntropyScheme, SpaceScheme
 from blt_patcher.calibrate import EntropyBasedScheme, calibrate, take_sample, with_threshold
 from blt_patcher.thresholds import finite_float16
 
@@ -139,3 +140,47 @@ def test_samples_that_cannot_be_taken(tmp_path: Path) -> None:
         take_sample(directory, 100)
     with pytest.raises(InputError, match="0 bytes; it needs at least 1"):
         take_sample(directory, 0)
+
+
+def test_stored_entropies_give_the_sample_and_threshold_of_the_model(tmp_path: Path) -> None:
+    seed = int(np.random.default_rng().integers(99))
+    patched = make_patched(tmp_path / "patched", EntropyScheme(threshold=1.0), seed=seed)
+    source = ShardDirectory.open(tmp_path / "patched-bytes")
+    scorer = HashScorer(seed)
+    for size in (1, 700, 10**6):
+        sample, stored = take_sample(source, size), take_sample(patched, size)
+        assert sample.entropies is None
+        assert stored.entropies is not None
+        assert (stored.content.tobytes(), stored.statement) == (sample.content.tobytes(), sample.statement)
+        nats = scorer.score(sample.content, sample.content_offsets)
+        differs = np.flatnonzero(stored.entropies != nats)
+        # A document that the sample's size cuts has another token after its last byte, whose entropy nothing uses.
+        assert set(differs.tolist()) <= {stored.entropies.size - 1}
+    known = stored.entropies
+    assert known is not None
+    for scheme, parameter in CASES:
+        found = [
+            calibrate(scheme, parameter, 3.0, sample.content, sample.content_offsets, entropies)
+            for entropies in (nats, known)
+        ]
+        assert found[0] == found[1]
+
+
+def test_a_directory_without_all_entropies_gives_none(tmp_path: Path) -> None:
+    patched = make_patched(tmp_path / "patched", SpaceScheme(), scored=False)
+    assert take_sample(patched, 100).entropies is None
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6), points=st.integers(1, 40))
+def test_the_outline_spans_all_thresholds_that_matter(seed: int, points: int) -> None:
+    nats = entropies_of(seed, 60)
+    scheme = EntropyScheme(threshold=0.0)
+    found = calibrate(scheme, "threshold", 1.0, np.zeros(58, np.uint8), np.array([0, 58]), nats, outline_points=points)
+    assert found.outline == tuple(sorted(found.outline, key=lambda point: point.threshold))
+    for point in found.outline:
+        assert point.mean_patch_length == float(plain_mean(EntropyScheme(threshold=point.threshold), [nats]))
+    if points > 1:
+        extremes = [plain_mean(EntropyScheme(threshold=value), [nats]) for value in (-60000.0, 60000.0)]
+        assert found.outline[0].mean_patch_length == float(extremes[0])
+        assert found.outline[-1].mean_patch_length == float(extremes[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from blt_data import ShardDirectory
 from blt_data.errors import InputError
 from blt_patcher import SpaceScheme, StaticScheme
 from blt_patcher.precompute import precompute
-from blt_patcher.stats import QUANTILES, PatchStats, collect_stats, draw_histogram
+from blt_patcher.stats import QUANTILES, PatchStats, collect_stats, draw_histogram, draw_histograms_side_by_side
 
 
 def test_figures_are_those_of_all_lengths(tmp_path: Path) -> None:
@@ -56,13 +57,28 @@ def test_nothing_to_count() -> None:
     assert draw_histogram(stats) == "(no patches)"
 
 
-def test_patches_that_do_not_cover_their_documents_are_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["patches", "content"])
+def test_a_flipped_byte_is_noticed(tmp_path: Path, what: str) -> None:
     source = make_bytes(tmp_path / "bytes", shards=[[b"x" * 1000]])
     precompute(source, tmp_path / "out", scheme=StaticScheme(patch_length=7))
     file = tmp_path / "out" / "shard-00000.arrow"
     data = bytearray(file.read_bytes())
-    place = data.index(np.full(20, 7, np.uint16).tobytes())
-    data[place] = 6
+    data[data.index(np.full(20, 7, np.uint16).tobytes() if what == "patches" else b"xxxx")] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(InputError, match="its patches do not cover its documents"):
+    with pytest.raises(InputError, match=r"shard-00000.arrow: does not have the checksum"):
         collect_stats(ShardDirectory.open(tmp_path / "out"))
+
+
+def test_two_histograms_share_their_bars() -> None:
+    counts = np.zeros((2, 65_536), np.int64)
+    counts[0, [1, 3]] = [30, 10]
+    counts[1, [3, 20]] = [1, 1]
+    a, b = (PatchStats(documents=1, bytes=100, counts=row) for row in counts)
+    lines = draw_histograms_side_by_side(a, b).splitlines()
+    assert [line.split()[0] for line in lines] == ["length", *map(str, range(1, 17)), "17–32"]
+    shares = [[float(share) for share in re.findall(r"([0-9.]+)%", line)] for line in lines[1:]]
+    assert [shares[place] for place in (0, 1, 2, 16)] == [[75.0, 0.0], [0.0, 0.0], [25.0, 50.0], [0.0, 50.0]]
+    assert lines[1].count("█") == 24
+    assert lines[3].count("█") == 8 + 16
+    nothing = PatchStats(documents=0, bytes=0, counts=np.zeros(65_536, np.int64))
+    assert draw_histograms_side_by_side(nothing, nothing) == "(no patches)"

@@ -51,7 +51,8 @@ def write_png(path: str | os.PathLike[str], drawing: Drawing) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise InputError(f"PNG figures need {error.name}; pip install 'blt-patcher[figures]'") from error
+        missing = str(error.name).partition(".")[0]
+        raise InputError(f"PNG figures need {missing}; pip install 'blt-patcher[figures]'") from error
     figure = Figure(
         figsize=(drawing.width / _UNITS_PER_INCH, drawing.height / _UNITS_PER_INCH),
         facecolor=LIGHT[canvas.Ink.PAPER],
