@@ -29,7 +29,7 @@ from blt_data.finishing import finish_job
 from blt_data.gather import Group
 from blt_data.groups import GroupPlan
 from blt_data.jobs import Job, ScatterTask
-from blt_data.readers import read_unit
+from blt_data.readers import OpenParquet, read_unit
 from blt_data.records import ScatterRecord, StepCount, read_scatter_record, write_scatter_record
 from blt_data.scatter import Scatter
 from blt_data.skips import ErrorPolicy, OnError, Skips
@@ -65,9 +65,10 @@ class SourceStream:
         task = self._task
         if task.reading is None:
             raise RuntimeError(f"{task.name} is no task of files")
-        for unit in task.units:
-            for batch in read_unit(unit, task.reading, policy=self.policy, advance=self._advance):
-                yield unit.ordinal, batch
+        with OpenParquet() as opened:
+            for unit in task.units:
+                for batch in read_unit(unit, task.reading, policy=self.policy, advance=self._advance, opened=opened):
+                    yield unit.ordinal, batch
 
     def _advance(self, amount: int) -> None:
         self._report(amount, 0, 0)
