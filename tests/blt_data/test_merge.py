@@ -195,6 +195,7 @@ def test_patches_must_be_by_one_scheme_and_model(tmp_path: Path) -> None:
         ("same", scheme(1.0) | {"calibration": None}, True),
         ("threshold", scheme(2.0), True),
         ("model", scheme(1.0, "g"), True),
+        ("resets", scheme(1.0) | {"entropy_model": {"fingerprint": "f", "config": {}, "reset": True}}, True),
         ("none", scheme(1.0), False),
     ):
         documents = some_documents(len(name), 3, source=name)
@@ -204,6 +205,7 @@ def test_patches_must_be_by_one_scheme_and_model(tmp_path: Path) -> None:
     for name, message in (
         ("threshold", 'holds patches of the scheme {"name":"entropy","threshold":1.0}, and .*threshold: patches'),
         ("model", 'holds patches by the entropy model "f", and .*model: patches by the entropy model "g"'),
+        ("resets", 'by an entropy model with {}, and .*resets: patches by an entropy model with {"reset":true}'),
         ("none", "holds shards with entropies, and .*none: shards without entropies"),
         ("bytes", "holds shards of kind patched, and .*bytes: shards of kind bytes; merge each kind by itself"),
     ):

@@ -14,7 +14,7 @@ from blt_data.splits import HOLDOUT
 _PATCHING: Final = ("scheme", "entropy_model")
 
 #: What is kept in the provenance of a merge if it is the same in all inputs.
-_KEPT: Final = (*_PATCHING, "calibration", "split")
+_KEPT: Final = (*_PATCHING, "entropy_settings", "entropies_kept", "calibration", "split")
 
 
 def check_compatible(
@@ -35,6 +35,9 @@ def check_compatible(
     if directories[0].kind is ShardKind.PATCHED:
         _check_same(directories, _scheme, "patches of the scheme {}", "patch both by one scheme")
         _check_same(directories, _model, "patches by the entropy model {}", "patch both with one entropy model")
+        _check_same(
+            directories, _model_options, "patches by an entropy model with {}", "patch both with the same options"
+        )
         kept = [directory for directory in directories if directory.manifest.shards]
         _check_same(kept, _entropies, "shards {} entropies", "patch both with the same --entropies")
     if not allow_duplicates:
@@ -113,6 +116,14 @@ def _scheme(directory: ShardDirectory) -> str:
 def _model(directory: ShardDirectory) -> str:
     model = directory.manifest.provenance.get("entropy_model")
     return _text(model.get("fingerprint") if isinstance(model, dict) else model)
+
+
+def _model_options(directory: ShardDirectory) -> str:
+    """Return how the model was used: where its contexts begin, say."""
+    model = directory.manifest.provenance.get("entropy_model")
+    if not isinstance(model, dict):
+        return ""
+    return canonical_json({key: value for key, value in model.items() if key not in ("fingerprint", "config")})
 
 
 def _entropies(directory: ShardDirectory) -> str:

@@ -1,6 +1,6 @@
 """The shard format: column names and types, metadata keys, and the checksum of the payload.
 
-docs/file-formats.md describes the same for readers in other languages; the two change together.
+docs/data.md describes the same for readers in other languages; the two change together.
 """
 
 from __future__ import annotations
