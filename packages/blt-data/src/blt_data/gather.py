@@ -46,6 +46,21 @@ class Documents:
     sources: pa.DictionaryArray
 
 
+class Scratch:
+    """Memory for contents that is used again and again: fresh memory costs more than reading into it."""
+
+    def __init__(self) -> None:
+        self._data = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """Return uint8 [size], whose use ends what was returned before."""
+        if size > len(self._data):
+            # First let go of the old one, so that there are never two.
+            self._data = np.empty(0, np.uint8)
+            self._data = np.empty(size, np.uint8)
+        return self._data[:size]
+
+
 class Group:
     """The documents of one group: what is known of each, and their contents when they are asked for.
 
@@ -110,12 +125,13 @@ class Group:
             yield chosen[at:stop]
             at = stop
 
-    def read(self, chosen: npt.NDArray[np.int64], sources: Sequence[str] | None) -> Documents:
+    def read(self, chosen: npt.NDArray[np.int64], sources: Sequence[str] | None, scratch: Scratch) -> Documents:
         """Read documents.
 
         Args:
             chosen: int64 [n]: documents of the group, in the order wanted.
             sources: names of all sources in their order, or None.
+            scratch: where the contents go.
 
         Raises:
             InputError: a spill file is damaged.
@@ -123,7 +139,7 @@ class Group:
         """
         offsets = np.zeros(len(chosen) + 1, np.int64)
         np.cumsum(self._lengths[chosen], out=offsets[1:])
-        data = np.empty(int(offsets[-1]), np.uint8)
+        data = scratch.take(int(offsets[-1]))
         self._read_contents(chosen, offsets, data.data)
         contents = pa.Array.from_buffers(
             pa.large_binary(), len(chosen), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
@@ -198,7 +214,12 @@ def source_column(names: Sequence[str], order: Sequence[str] | None) -> pa.Dicti
 
 
 def gather(
-    plan: GroupPlan, index: int, folder: Path, options: GatherOptions, report: Callable[[int, int], None]
+    plan: GroupPlan,
+    index: int,
+    folder: Path,
+    options: GatherOptions,
+    report: Callable[[int, int], None],
+    scratch: Scratch,
 ) -> GatherRecord:
     """Write the staged shards of one group, and its record.
 
@@ -208,6 +229,7 @@ def gather(
         folder: the task's folder; it is made.
         options: of the job.
         report: told of documents and content bytes since its last call.
+        scratch: memory for the contents.
 
     Raises:
         InputError: a spill file is damaged.
@@ -219,7 +241,7 @@ def gather(
     for number, (split, provenance) in enumerate(options.provenance.items()):
         entries: list[ShardEntry] = []
         for chosen in group.shards(number, options.shard_bytes):
-            documents = group.read(chosen, options.sources)
+            documents = group.read(chosen, options.sources, scratch)
             path = folder / f"{split}-{len(entries):05d}.arrow"
             entries.append(write_documents(path, documents, provenance, options.compression))
             report(entries[-1].documents, entries[-1].bytes)

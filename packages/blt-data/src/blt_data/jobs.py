@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from blt_data.errors import InputError
-from blt_data.gather import GatherOptions, gather
+from blt_data.gather import GatherOptions, Scratch, gather
 from blt_data.groups import GroupPlan, Spilled, plan_groups
 from blt_data.reading import Reading, Unit
 from blt_data.records import GatherRecord, ScatterRecord, read_gather_record, read_scatter_record
@@ -145,6 +145,8 @@ class Job:
             records[task.index] = record
         return self.plan(records, tasks)
 
-    def gather_group(self, plan: GroupPlan, group: int, report: Callable[[int, int], None]) -> GatherRecord:
+    def gather_group(
+        self, plan: GroupPlan, group: int, report: Callable[[int, int], None], scratch: Scratch
+    ) -> GatherRecord:
         """Do a gather task; see `gather`."""
-        return gather(plan, group, self.gather_folder(plan, group), self.gather, report)
+        return gather(plan, group, self.gather_folder(plan, group), self.gather, report, scratch)

@@ -26,7 +26,7 @@ from datatrove.pipeline.base import PipelineStep
 from blt_data.documents import DocumentBatch
 from blt_data.errors import InputError
 from blt_data.finishing import finish_job
-from blt_data.gather import Group
+from blt_data.gather import Group, Scratch
 from blt_data.groups import GroupPlan
 from blt_data.jobs import Job, ScatterTask
 from blt_data.readers import OpenParquet, read_unit
@@ -324,11 +324,12 @@ class GroupStream:
     def __iter__(self) -> Iterator[Document]:
         if self.plan is None:
             return
+        scratch = Scratch()
         for index in self.groups:
             group = Group(self.plan, index, self.job.gather.ordering)
             for number, split in enumerate(self.job.scatter.splits):
                 for chosen in group.shards(number, self.job.gather.shard_bytes):
-                    documents = group.read(chosen, self.job.gather.sources)
+                    documents = group.read(chosen, self.job.gather.sources, scratch)
                     columns = (documents.document_ids, documents.contents, documents.sources)
                     for name, content, source in zip(*(column.to_pylist() for column in columns), strict=True):
                         yield Document(text=content.decode(), id=name, metadata={"source": source, "split": split})
@@ -391,9 +392,10 @@ class ShardWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
                 "ShardWriter follows SpillReader directly; put your steps between SourceReader and SpillWriter"
             )
         if data.plan is not None:
+            scratch = Scratch()
             for group in data.groups:
                 if data.job.gathered(data.plan, group) is None:
-                    data.job.gather_group(data.plan, group, self._count)
+                    data.job.gather_group(data.plan, group, self._count, scratch)
         yield from ()
 
     def _count(self, documents: int, content_bytes: int) -> None:

@@ -209,6 +209,7 @@ def plan_job(
             ordering=ordering,
             splits=splits,
             holdout_fraction=config.holdout_fraction,
+            durable=not on_one_machine,
             buffer_bytes=memory.buffer_bytes,
         ),
         gather=GatherOptions(

@@ -69,6 +69,10 @@ class ScatterRecord:
     content_bytes: int
     limit_bytes: int | None
     """The task's limit of content bytes."""
+    boot: str | None
+    """Names the time between two starts of the machine in which alone the spill file is to be trusted, because nobody
+    waited until it was on the disk; None if it is on the disk. A kill leaves what was written; a loss of power does
+    not, and then the task is done again. Most spill files are gone before a disk would have seen them."""
     beyond: Beyond | None
     """The document at which that limit ended the task; None if its source ended it."""
     sources: tuple[str, ...]
@@ -150,6 +154,14 @@ def fresh_name(stem: str) -> str:
     return f"{stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
+def boot_id() -> str | None:
+    """Return what names the time since this machine was started, or None where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
 def write_index(path: Path, index: ScatterIndex) -> None:
     """Write the index of a spill file, as one int64 array.
 
@@ -227,7 +239,7 @@ def read_scatter_record(folder: Path) -> ScatterRecord | None:
         folder: the task's folder.
     """
     value = _read(folder)
-    if value is None:
+    if value is None or value["boot"] not in (None, boot_id()):
         return None
     record = ScatterRecord(
         **{

@@ -13,7 +13,16 @@ import pyarrow as pa
 
 from blt_data.documents import DocumentBatch
 from blt_data.ordering import Ordering, Segments, content_keys, places, shuffle_keys
-from blt_data.records import Beyond, CellCounts, ScatterIndex, ScatterRecord, StepCount, fresh_name, write_index
+from blt_data.records import (
+    Beyond,
+    CellCounts,
+    ScatterIndex,
+    ScatterRecord,
+    StepCount,
+    boot_id,
+    fresh_name,
+    write_index,
+)
 from blt_data.shards.schema import column_buffers
 from blt_data.skips import Skips
 from blt_data.spill import ROW, Rows, SpillFile
@@ -35,6 +44,8 @@ class ScatterOptions:
     ordering: Ordering
     splits: tuple[str, ...]
     holdout_fraction: float | None
+    durable: bool
+    """Whether spill files must outlive this machine's power; see `ScatterRecord.boot`."""
     buffer_bytes: int
     """Memory at which a sub-run is sorted and written; decides no byte of the output."""
 
@@ -68,13 +79,14 @@ class Scatter:
         self.documents = self.content_bytes = 0
         self.beyond: Beyond | None = None
         self._folder, self._options, self._limit, self._report = folder, options, limit_bytes, report
+        self._boot = None if options.durable else boot_id()
         self._segments = Segments(options.ordering.segment_bytes)
         self._sources: dict[str, int] = {}
         self._buffer: list[_Buffered] = []
         self._buffered = 0
         self._counts: list[CellCounts] = []
         self._starts: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = []
-        self._file = SpillFile(folder / fresh_name("spill"))
+        self._file = SpillFile(folder / fresh_name("spill"), durable=self._boot is None)
 
     def __enter__(self) -> Scatter:
         self._file.__enter__()
@@ -132,6 +144,7 @@ class Scatter:
             content_bytes=self.content_bytes,
             limit_bytes=self._limit,
             beyond=self.beyond,
+            boot=self._boot,
             sources=tuple(self._sources),
             sub_runs=tuple(self._file.sub_runs),
             cells=len(counts.cells),
@@ -189,7 +202,6 @@ class Scatter:
         self._file.append(_with_offsets(table[order]), memoryview(id_bytes), _pieces(batches, order))
         self._buffer.clear()
         self._buffered = 0
-        pa.default_memory_pool().release_unused()
 
 
 def count_cells(cells: npt.NDArray[np.uint64], rows: Rows, splits: int) -> CellCounts:

@@ -70,17 +70,19 @@ class SubRun:
 
 
 class SpillFile:
-    """A spill file open for writing; in a `with` block, at whose end it is on the disk.
+    """A spill file open for writing, in a `with` block.
 
     Args:
         path: the file, which must not exist.
+        durable: whether it is on the disk at the end of the block.
 
     Raises:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool) -> None:
         self.path = path
+        self._durable = durable
         self.sub_runs: list[SubRun] = []
         self.size = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -92,7 +94,7 @@ class SpillFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if error is None and self._durable:
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)

@@ -13,6 +13,7 @@ from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
 from blt_data.executors import Report, TaskFunction
+from blt_data.gather import Scratch
 from blt_data.groups import GroupPlan
 from blt_data.jobs import Job, ScatterTask
 from blt_data.pipeline import SourceReader, SpillWriter, run_blocks, scatter_blocks
@@ -49,7 +50,8 @@ def _unpack(packed: bytes | None) -> Steps:
 
 
 def _settle() -> None:
-    """Make this process a worker among others: they share the CPUs, and do not fill the terminal with logs."""
+    """Make this process a worker among others: they share CPUs and memory, and do not fill the terminal with logs."""
+    pa.default_memory_pool().release_unused()
     pa.set_cpu_count(1)
     logger.disable("datatrove")
 
@@ -92,11 +94,11 @@ def set_up_gather(job: Job, plan: GroupPlan) -> TaskFunction[int, GatherRecord]:
         plan: its gather tasks.
     """
     _settle()
-    return partial(_gather, job, plan)
+    return partial(_gather, job, plan, Scratch())
 
 
-def _gather(job: Job, plan: GroupPlan, group: int, report: Report) -> GatherRecord:
-    return job.gather_group(plan, group, partial(report, 0))
+def _gather(job: Job, plan: GroupPlan, scratch: Scratch, group: int, report: Report) -> GatherRecord:
+    return job.gather_group(plan, group, partial(report, 0), scratch)
 
 
 def total_stats(job: Job, tasks: Sequence[ScatterTask]) -> PipelineStats | None:
