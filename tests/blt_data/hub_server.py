@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
     """Serve until the block ends."""
     servers = []
     for is_cdn in (False, True):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub, is_cdn))
+        server = _Server(("127.0.0.1", 0), _handler(hub, is_cdn))
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
@@ -99,6 +100,13 @@ def serve(hub: Hub) -> Iterator[Hub]:
         for server in servers:
             server.shutdown()
             server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        # Clients that have read enough, or were killed, hang up in the middle.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def _handler(hub: Hub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:

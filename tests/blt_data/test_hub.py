@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from blt_data.sources import resolve_source, retrying
 from blt_data.sources.retrying import ATTEMPTS, RemoteError
 from blt_data.sources.secrets import scrub
 
-from .corpora import HARD_TEXTS
+from .corpora import HARD_TEXTS, read_documents
 from .hub_server import Fault, Hub, Place, commit_of, serve
 from .reading import Found, plan_of, read_plan, read_source
 
@@ -192,9 +193,12 @@ def test_branch_that_moves_while_the_job_runs(hub: Hub) -> None:
         Fault(place="info", status=429, retry_after="0"),
         Fault(place="info", status=503, times=3),
         Fault(place="info", stall=0.01),
+        Fault(place="tree", status=504),
+        Fault(place="tree", stall=0.01),
         Fault(place="resolve", status=429, retry_after="0", times=2),
         Fault(place="resolve", status=502),
         Fault(place="cdn", status=503, times=ATTEMPTS - 1),
+        Fault(place="cdn", status=403),
         Fault(place="cdn", stall=0.01, times=2),
         Fault(place="cdn", cut_after=0, times=2),
         Fault(place="cdn", cut_after=1, times=3),
@@ -214,6 +218,32 @@ def test_busy_listing_is_asked_again(hub: Hub) -> None:
     hub.faults.append(Fault(place="tree", status=429, retry_after="0"))
     assert len(plan_of("fineweb-edu/sample-10BT").sources[0].source.files) == 3
     assert len(hub.asked("tree")) == 3
+
+
+@pytest.mark.parametrize("place", ["info", "tree", "resolve", "cdn"])
+def test_silence_is_not_waited_for(hub: Hub, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(huggingface_hub.constants, name, 0.2)
+    hub.faults.append(Fault(place=place, stall=5))
+    started = time.monotonic()
+    assert len(read_source("fineweb-edu/sample-10BT")) == 60
+    assert time.monotonic() - started < 4
+
+
+def test_prepare_lists_once_for_all_workers(hub: Hub, tmp_path: Path) -> None:
+    hub.token = TOKEN
+    hub.faults += [Fault(place="cdn", cut_after=3000, times=2), Fault(place="resolve", status=429, retry_after="0")]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "blt_data.cli", "prepare", "--source", "fineweb-edu/sample-10BT", "--workers", "2"]
+    command += ["--output", str(tmp_path / "out"), "--shard-size", "50kB", "--no-shuffle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)
+    assert "2 workers" in done.stderr
+    documents = expected(files_of_hub(hub), "sample/10BT/", "")
+    assert read_documents(tmp_path / "out") == [row[3:] for row in documents]
+    assert (len(hub.asked("info")), len(hub.asked("tree"))) == (1, 2)
+    assert TOKEN not in done.stdout + done.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
 
 def test_every_cut_of_a_stream_is_mended(hub: Hub) -> None:

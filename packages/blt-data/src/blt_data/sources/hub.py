@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but not by its stubs
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # exported, but not by its stubs
 
 from blt_data.errors import InputError, SetupError
 from blt_data.sources.files import (
@@ -94,12 +95,9 @@ def hub_source(where: HubPath, *, name: str | None, kind: Format | None) -> Sour
         InputError: there is no such dataset, revision or file, or it may not be read.
         RemoteError: the hub does not answer.
     """
-    api = HfApi()
-    commit = _ask(lambda: api.dataset_info(where.dataset, revision=where.revision, expand=["sha"]).sha, where)
-    if commit is None:
-        raise RemoteError(f"{where}: the hub does not tell its commit; run the same command again")
-    found = _ask(lambda: _listing(api, where, commit), where)
-    files, others = list[SourceFile](), list[RepoFile]()
+    commit = _commit_of(where)
+    found = _listing(where, commit)
+    files, others = list[SourceFile](), list[_Entry]()
     whole_directory = not has_magic(where.path) and not (len(found) == 1 and found[0].path == where.path)
     base = where.path if whole_directory else fixed_prefix(where.path)
     for entry in found:
@@ -116,7 +114,7 @@ def hub_source(where: HubPath, *, name: str | None, kind: Format | None) -> Sour
                 format=recognised[0],
                 compression=recognised[1],
                 size=entry.size,
-                version=entry.lfs.sha256 if entry.lfs is not None else entry.blob_id,
+                version=entry.version,
             )
         )
     if not files:
@@ -130,7 +128,28 @@ def hub_source(where: HubPath, *, name: str | None, kind: Format | None) -> Sour
     )
 
 
-def _listing(api: HfApi, where: HubPath, commit: str) -> list[RepoFile]:
+def _commit_of(where: HubPath) -> str:
+    """Return the commit that a revision is now."""
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = _ask(
+        lambda: HfApi().dataset_info(where.dataset, revision=where.revision, expand=["sha"], timeout=timeout), where
+    )
+    if info.sha is None:
+        raise RemoteError(f"{where}: the hub does not tell its commit; run the same command again")
+    return info.sha
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """A file of a listing."""
+
+    path: str
+    size: int
+    version: str
+    """SHA-256 of a large file, git's object id of another."""
+
+
+def _listing(where: HubPath, commit: str) -> list[_Entry]:
     """Return the files that a path, a directory or a glob names.
 
     Raises:
@@ -138,20 +157,43 @@ def _listing(api: HfApi, where: HubPath, commit: str) -> list[RepoFile]:
     """
     matches = compile_glob(where.path)
     whole = not has_magic(where.path)
-    # A file is found in the listing of its directory; so one request serves, whatever the path turns out to be.
-    prefix = fixed_prefix(where.path)
-    entries = api.list_repo_tree(where.dataset, prefix or None, recursive=True, revision=commit, repo_type="dataset")
+    # A file is found in the listing of its directory; so one listing serves, whatever the path turns out to be.
     found = [
         entry
-        for entry in entries
-        if isinstance(entry, RepoFile)
-        and (matches.fullmatch(entry.path) or (whole and (not where.path or entry.path.startswith(f"{where.path}/"))))
+        for entry in _tree(where, commit, fixed_prefix(where.path))
+        if matches.fullmatch(entry.path) or (whole and (not where.path or entry.path.startswith(f"{where.path}/")))
     ]
     if not found:
         what = "file matches this glob" if not whole else "such file or directory is in the dataset"
-        page = f"{api.endpoint}/datasets/{where.dataset}/tree/{commit}"
+        page = f"{constants.ENDPOINT}/datasets/{where.dataset}/tree/{commit}"
         raise InputError(f"{where}: no {what}; see {page}")
     return found
+
+
+def _tree(where: HubPath, commit: str, folder: str) -> Iterator[_Entry]:
+    """Yield all files under a folder, page by page.
+
+    The client's own listing waits for ever for a server that says nothing, and begins anew when a page fails.
+    """
+    url: str | None = f"{constants.ENDPOINT}/api/datasets/{where.dataset}/tree/{commit}"
+    url = f"{url}/{quote(folder, safe='')}?recursive=true" if folder else f"{url}?recursive=true"
+    while url is not None:
+        entries, url = _ask(partial(_page, url), where)
+        for entry in entries:
+            if entry["type"] == "file":
+                version = entry["lfs"]["oid"] if entry.get("lfs") else entry["oid"]
+                yield _Entry(path=entry["path"], size=entry["size"], version=version)
+
+
+def _page(url: str) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the entries of one page, and where the next one is."""
+    response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(response)
+    following = response.links.get("next", {}).get("url")
+    # The token is for the hub alone.
+    if following is not None and not following.startswith(f"{constants.ENDPOINT}/"):
+        raise TemporaryError("the next page of the listing is said to be on another host")
+    return response.json(), following
 
 
 def _ask(request: Callable[[], T], where: HubPath) -> T:
@@ -230,6 +272,11 @@ class _HubStream(ByteStream):
             )
             if response.status_code == 200 and position:
                 raise TemporaryError("the server does not send parts of files")
+            if response.status_code not in (200, 206) and response.history:
+                # The other host knows the signature in the link alone; the hub makes a new one at the next try.
+                raise temporary_status(response.status_code, response.headers) or TemporaryError(
+                    f"HTTP status {response.status_code} of {response.url.host}"
+                )
             if response.status_code not in (200, 206):
                 raise _refusal(response.status_code, response.headers, file.location)
             _check_total(response.headers, file)
