@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 #: Seconds to wait for the cluster's port; Ray itself would wait for minutes and then end the process.
 _CONNECT_SECONDS: Final = 10.0
 
+#: Characters of Ray's own words in a sentence.
+_LONGEST: Final = 300
+
 
 def import_ray() -> Any:
     """Return the module `ray`, told not to talk.
@@ -126,4 +129,4 @@ def death_in_words(error: BaseException, node: str) -> str:
         return f"its node{f' {node}' if node else ''} died"
     if "worker process has died" in text:
         return f"its worker process{where} died, perhaps for lack of memory"
-    return f"its worker{where} failed: {text}"
+    return f"its worker{where} failed: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}"
