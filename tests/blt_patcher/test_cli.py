@@ -1,4 +1,4 @@
-"""The installed command, in processes of its own: what it prints, and one sentence for every bad input."""
+"""The command: what it prints, and one sentence for every bad input."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.blt_patcher.shards import EXECUTABLE, make_bytes, make_model, tree
+from tests.blt_patcher.running import blt_patch, blt_patch_here
+from tests.blt_patcher.shards import make_bytes, make_model, tree
 
 from blt_data import ShardDirectory, ShardKind
 from blt_patcher import EntropyCombinedScheme, scheme_from_json
 
 #: Makes the directory `patched`.
 PATCH = ["precompute", "bytes", "--output", "patched", "--scheme", "space", "--max-patch-length", "6"]
-
-
-def blt_patch(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*EXECUTABLE, *arguments], cwd=directory, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(path / "broken", broken=True)
     make_model(path / "blt", preset_name="blt-debug")
     (path / "file").write_text("no directory")
-    done = blt_patch(path, *PATCH)
+    done = blt_patch_here(path, *PATCH)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -51,11 +48,11 @@ def test_precompute_without_a_model_tells_what_it_did(place: Path) -> None:
 
 
 def test_stats_shows_a_table_and_a_histogram(place: Path) -> None:
-    done = blt_patch(place, "stats", "patched")
+    done = blt_patch_here(place, "stats", "patched")
     assert (done.returncode, done.stderr) == (0, "")
     assert "mean patch length" in done.stdout
     assert "█" in done.stdout
-    figures = json.loads(blt_patch(place, "stats", "patched", "--json").stdout)
+    figures = json.loads(blt_patch_here(place, "stats", "patched", "--json").stdout)
     manifest = ShardDirectory.open(place / "patched").manifest
     assert figures["patches"] == manifest.patches
     assert figures["tokens"] == manifest.bytes + 2 * manifest.documents
@@ -65,18 +62,18 @@ def test_stats_shows_a_table_and_a_histogram(place: Path) -> None:
 def test_calibrate_and_precompute_find_the_same_threshold(place: Path) -> None:
     options = ["--entropy-model", "model", "--target-patch-length", "2.5", "--scheme", "entropy-combined"]
     options += ["--relative-threshold", "-0.01", "--device", "cpu", "--sample-bytes", "3000"]
-    told = blt_patch(place, "calibrate", "bytes", *options, "--json")
+    told = blt_patch_here(place, "calibrate", "bytes", *options, "--json")
     assert (told.returncode, told.stderr) == (0, "")
     found = json.loads(told.stdout)
-    assert abs(found["mean_patch_length"] - 2.5) < 0.1
-    assert found["sample"]["bytes"] <= 3000
+    assert abs(found["calibration"]["mean_patch_length"] - 2.5) < 0.1
+    assert found["calibration"]["sample"]["bytes"] <= 3000
     assert found["scheme"]["threshold"] in [point["threshold"] for point in found["curve"]]
-    done = blt_patch(place, "precompute", "bytes", "--output", "calibrated", *options)
+    done = blt_patch_here(place, "precompute", "bytes", "--output", "calibrated", *options)
     assert (done.returncode, done.stderr) == (0, "")
     provenance = ShardDirectory.open(place / "calibrated").manifest.provenance
     assert provenance["scheme"] == found["scheme"]
     assert isinstance(scheme_from_json(found["scheme"]), EntropyCombinedScheme)
-    assert provenance["calibration"] == {key: value for key, value in found.items() if key != "curve"}
+    assert provenance["calibration"] == found["calibration"]
 
 
 E = ["--entropy-model", "model"]
@@ -134,7 +131,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize(("arguments", "sentence"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
 def test_bad_input_gets_one_sentence(place: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:
     before = tree(place / "patched")
-    done = blt_patch(place, *(str(tmp_path / "out") if word == "out" else word for word in arguments))
+    done = blt_patch_here(place, *(str(tmp_path / "out") if word == "out" else word for word in arguments))
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -147,12 +144,14 @@ def test_bad_input_gets_one_sentence(place: Path, tmp_path: Path, arguments: lis
 def test_help_has_examples_and_needs_no_torch() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from blt_patcher.cli import main\n"
-        "for words in ([], ['calibrate'], ['precompute'], ['stats']):\n"
+        "for words in ([], *([name] for name in main.commands)):\n"
         "    result = CliRunner().invoke(main, [*words, '--help']); print(result.output)\n"
         "    assert result.exit_code == 0\n"
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for command in ("calibrate", "precompute", "stats"):
-        assert f"blt-patch {command} data/" in " ".join(done.stdout.split())
+    told = " ".join(done.stdout.split())
+    for command in ("calibrate", "precompute", "repatch", "stats", "compare"):
+        assert f"blt-patch {command} data/" in told
+    assert 'blt-patch show --text "' in told

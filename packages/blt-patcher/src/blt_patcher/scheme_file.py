@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blt_data.errors import InputError
-from blt_data.shards.files import atomic_file
+from blt_patcher.outputs import write_file
 from blt_patcher.schemes import PatchScheme, scheme_from_json, scheme_to_json
 
 SCHEME_FILE_FORMAT: Final = "blt-patch-scheme"
@@ -107,10 +107,10 @@ def write_scheme_file(path: str | os.PathLike[str], content: Mapping[str, Any]) 
         content: what `scheme_file_to_json` returned.
 
     Raises:
+        InputError: the path is a directory, or its directory is missing.
         OSError: the file cannot be written.
     """
-    with atomic_file(Path(path)) as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def read_scheme_file(path: str | os.PathLike[str]) -> SchemeFile:

@@ -20,7 +20,7 @@ from blt_patcher.boundaries import patch_document
 from blt_patcher.calibrate import calibrate
 from blt_patcher.commands.model_options import ModelOptions, model_options
 from blt_patcher.commands.options import SchemeChoice, scheme_choice_options
-from blt_patcher.commands.scoring import as_entropy_based, warn_of_miss
+from blt_patcher.commands.scoring import as_entropy_based
 from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_option
 from blt_patcher.lookup import find_document
 from blt_patcher.schemes import PatchScheme, scheme_from_json
@@ -98,10 +98,11 @@ def show_command(
     # A text to look at is scored before a model is compiled.
     scorer = None if spec is None else dataclasses.replace(spec, compile=bool(running.compile_model)).load()
     view = _view(subject, choice, scorer, from_byte, limit)
+    _write_figures(view, html, svg, png)
     PatchPrinter(color).print(view)
     click.echo()
-    print_table("patches", view.figures())
-    _write_figures(view, html, svg, png)
+    files = {name: str(path) for name, path in (("html", html), ("svg", svg), ("png", png)) if path is not None}
+    print_table("patches", {**view.figures(), **files})
 
 
 def _subject(text: str | None, file: Path | None, directory: Path | None, document: str | None) -> _Subject:
@@ -181,7 +182,6 @@ def _view(
         if request is not None and request.free is not None and request.target is not None and nats is not None:
             offsets = _offsets(subject.content)
             found = calibrate(as_entropy_based(scheme), request.free, request.target, subject.content, offsets, nats)
-            warn_of_miss(found)
             scheme = found.scheme
         lengths = patch_document(scheme, subject.content, nats if scheme.needs_entropies else None)
     return PatchView(

@@ -6,12 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import Final
 
-from blt_data.shards.files import atomic_file
 from blt_patcher.figures.canvas import Drawing
 from blt_patcher.figures.svg import colour_rules, to_svg
+from blt_patcher.outputs import write_file
 
 _STYLE: Final = """
 :root{color-scheme:light dark;--ink:#1d2330;--soft:#667085;--line:#e4e7ec;--paper:#fff;--card:#f8f9fb}
@@ -77,16 +76,17 @@ def write_page(path: str | os.PathLike[str], page: str) -> None:
     """Write a page, atomically; an existing file is replaced.
 
     Raises:
+        InputError: the path is a directory, or its directory is missing.
         OSError: the file cannot be written.
     """
-    with atomic_file(Path(path)) as file:
-        file.write(page.encode("utf-8", errors="replace"))
+    write_file(path, page.encode("utf-8", errors="replace"))
 
 
 def write_svg(path: str | os.PathLike[str], drawing: Drawing) -> None:
     """Write a drawing as an SVG file, atomically; an existing file is replaced.
 
     Raises:
+        InputError: the path is a directory, or its directory is missing.
         OSError: the file cannot be written.
     """
     write_page(path, to_svg(drawing) + "\n")

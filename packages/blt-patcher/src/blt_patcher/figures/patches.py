@@ -97,10 +97,11 @@ def draw_patches(view: PatchView, *, width: float = DEFAULT_WIDTH) -> Drawing:
     Returns:
         The drawing. Every byte has a spot with `data-token`, `data-patch` and `data-byte` (hexadecimal).
     """
-    rows = _fold(_cells(view), _room(width), ragged=_RAGGED)
-    layout = _Layout.of(view, rows)
+    tokens = view.tokens()
+    rows = _fold(_cells(view, tokens), _room(width), ragged=_RAGGED)
+    layout = _Layout.of(view, tokens, rows)
     drawing = Drawing(width, _HEAD + len(rows) * (layout.row_height + _GAP), f"Patches of {view.title}")
-    _draw_head(drawing, view, layout.scale, _describe(view))
+    _draw_head(drawing, view, layout, _describe(view))
     for number, cells in enumerate(rows):
         _draw_row(drawing, cells, _HEAD + number * (layout.row_height + _GAP), layout)
     return drawing
@@ -117,13 +118,14 @@ def draw_compared(above: PatchView, below: PatchView, *, width: float = DEFAULT_
     Returns:
         The drawing. Boundaries that only one of them has stand out. Only the upper bytes have spots.
     """
-    cells_above, cells_below = _cells(above), _cells(below)
+    tokens = above.tokens(), below.tokens()
+    cells_above, cells_below = _cells(above, tokens[0]), _cells(below, tokens[1])
     rows = _fold(cells_above, _room(width), ragged=0)
-    layout = _Layout.of(above, rows)
+    layout = _Layout.of(above, tokens[0], rows)
     height = layout.row_height + _LENGTHS + _TEXT
     drawing = Drawing(width, _HEAD + len(rows) * (height + _GAP), f"Patchings of {above.title} and {below.title}")
-    _draw_head(drawing, above, layout.scale, f"{above.title}: {_describe(above)}", f"{below.title}: {_describe(below)}")
-    starts = [{token.token for token in view.tokens() if token.starts} for view in (above, below)]
+    _draw_head(drawing, above, layout, f"{above.title}: {_describe(above)}", f"{below.title}: {_describe(below)}")
+    starts = [{token.token for token in each if token.starts} for each in tokens]
     apart = frozenset(starts[0] ^ starts[1])
     done = 0
     for number, cells in enumerate(rows):
@@ -147,16 +149,18 @@ class _Layout:
     scale: _Scale | None
     """The entropy axis, if entropies are drawn."""
     row_height: float
+    has_bars: bool
+    """Whether a threshold decides."""
     lengths: dict[int, int]
     """Tokens of each patch shown."""
 
     @classmethod
-    def of(cls, view: PatchView, rows: Sequence[Sequence[_Cell]]) -> _Layout:
+    def of(cls, view: PatchView, tokens: Sequence[ShownToken], rows: Sequence[Sequence[_Cell]]) -> _Layout:
         """Return the layout of a view's rows."""
-        scale = _scale(view) if view.entropies is not None else None
+        scale = _scale(tokens) if view.entropies is not None else None
         wide = any(len(cell.data) > 1 for row in rows for cell in row)
         height = _LENGTHS + (_PANEL if scale else 0) + _TEXT + (_BYTES if wide else 0)
-        return cls(scale, height, _lengths(view))
+        return cls(scale, height, any(token.bar is not None for token in tokens), _lengths(view))
 
 
 def _lengths(view: PatchView) -> dict[int, int]:
@@ -186,9 +190,8 @@ def _room(width: float) -> float:
     return max(width - _LEFT - _RIGHT, 4 * _SPECIAL_WIDTH)
 
 
-def _cells(view: PatchView) -> list[_Cell]:
+def _cells(view: PatchView, tokens: Sequence[ShownToken]) -> list[_Cell]:
     """Return what is written, in order, BOS and EOS included where they are shown."""
-    tokens = view.tokens()
     first, last = view.token_window
     content = view.shown_content
     cells = []
@@ -231,11 +234,11 @@ def _place(cells: Sequence[_Cell]) -> list[_Column]:
     return columns
 
 
-def _scale(view: PatchView) -> _Scale:
+def _scale(tokens: Sequence[ShownToken]) -> _Scale:
     """Return an axis that holds every shown entropy and the threshold."""
-    values = [value for token in view.tokens() for value in (token.entropy, token.bar) if value is not None]
+    values = [value for token in tokens for value in (token.entropy, token.bar) if value is not None]
     # A threshold far above every entropy would press them all onto the axis.
-    entropies = [token.entropy for token in view.tokens() if token.entropy is not None]
+    entropies = [token.entropy for token in tokens if token.entropy is not None]
     most = max(entropies, default=1.0)
     high = max([value for value in values if value <= 1.6 * most], default=most)
     return _Scale(min(0.0, min(entropies, default=0.0)), nice_top(max(high, 0.5)))
@@ -247,7 +250,7 @@ def _describe(view: PatchView) -> str:
     return f"{patches:,} patches · mean {tokens / patches:.3g} tokens{scheme}"
 
 
-def _draw_head(drawing: Drawing, view: PatchView, scale: _Scale | None, *lines: str) -> None:
+def _draw_head(drawing: Drawing, view: PatchView, layout: _Layout, *lines: str) -> None:
     first, last = view.window
     shown = f", bytes {first:,} to {last:,} shown" if view.is_partial else ""
     size = f"{view.content.size:,} bytes{shown}"
@@ -258,7 +261,7 @@ def _draw_head(drawing: Drawing, view: PatchView, scale: _Scale | None, *lines: 
         for number, line in enumerate(lines):
             text = f"{line} · {size}" if number == 0 else line
             drawing.add(Label(_LEFT, 22 + 19 * number, _shortened(text, 130), 12, Ink.SOFT))
-    if scale is None:
+    if layout.scale is None:
         return
     x, y = max(drawing.width - 178, _LEFT + 300), 18.0
     drawing.add(
@@ -266,7 +269,7 @@ def _draw_head(drawing: Drawing, view: PatchView, scale: _Scale | None, *lines: 
         Dot(x + 10, y, 2.2, Ink.CURVE),
         Label(x + 28, y + 4, "entropy before each byte", 11, Ink.SOFT),
     )
-    if any(token.bar is not None for token in view.tokens()):
+    if layout.has_bars:
         drawing.add(
             Path(((x, y + 22), (x + 20, y + 22)), Ink.BAR, 1.2, dashed=True),
             Dot(x + 10, y + 17, 3.2, Ink.FIRE),

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from blt_data.errors import InputError
-from blt_data.shards.files import atomic_file
 from blt_patcher.figures import canvas
 from blt_patcher.figures.canvas import LIGHT, Drawing, Label
+from blt_patcher.outputs import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def write_png(path: str | os.PathLike[str], drawing: Drawing) -> None:
         drawing: what to draw.
 
     Raises:
-        InputError: matplotlib is not installed, or the drawing is too tall for a PNG.
+        InputError: matplotlib is not installed, the drawing is too tall for a PNG, or the path is a directory.
         OSError: the file cannot be written.
     """
     if drawing.height * _DENSITY > _LARGEST_SIDE:
@@ -61,8 +61,7 @@ def write_png(path: str | os.PathLike[str], drawing: Drawing) -> None:
     _paint(figure, drawing)
     buffer = io.BytesIO()
     painter.print_figure(buffer, format="png", dpi=_UNITS_PER_INCH * _DENSITY, metadata={"Software": None})
-    with atomic_file(Path(path)) as file:
-        file.write(buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _paint(figure: Figure, drawing: Drawing) -> None:
