@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,20 @@ def test_shards_that_need_no_change_are_linked_and_skips_are_summed(tmp_path: Pa
     assert isinstance(inputs, list)
     assert inputs[0] == {"fingerprint": first.fingerprint(), "provenance": {"command": "x", "n": 1}}
     assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    a, b = two_directories(tmp_path)
+    file = a / "shard-00001.arrow"
+    file.rename(tmp_path / "elsewhere.arrow")
+    file.symlink_to("../elsewhere.arrow")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    merge(a, b, output=tmp_path / "deep" / "er" / "out")
+    shutil.rmtree(a)
+    assert len(documents_of(tmp_path / "deep" / "er" / "out")) == 12
+    (tmp_path / "loop").symlink_to("loop")
+    result = CliRunner().invoke(merge_command, [str(b), "--output", str(tmp_path / "loop")])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
 
 
 def test_another_file_system_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

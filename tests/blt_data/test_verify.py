@@ -113,6 +113,31 @@ def test_two_shards_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert verify_directory(tmp_path / "d", workers=2) == []
 
 
+def test_names_that_are_no_utf8_and_manifests_that_are_no_files(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    make_directory(odd, [some_documents(1, 3)])
+    for name in ("fifo", "loop", "well"):
+        make_directory(tmp_path / name, [some_documents(1, 3)])
+    for name in ("fifo", "loop"):
+        (tmp_path / name / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "fifo" / "manifest.json")
+    (tmp_path / "loop" / "manifest.json").symlink_to("manifest.json")
+    program = "from blt_data.commands.verify import verify_command; verify_command()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, odd, *(tmp_path / name for name in ("fifo", "loop", "well"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert len(re.findall(r"│ right", done.stdout)) == 2
+    assert re.fullmatch(
+        r"error: .*/fifo/manifest\.json: is no regular file; .*\nerror: .*/loop/manifest\.json: Too many levels .*\n",
+        done.stderr,
+    )
+
+
 def test_an_unfinished_split_is_told(tmp_path: Path) -> None:
     for split in ("train", "holdout"):
         make_directory(tmp_path / split, [some_documents(1, 3)])

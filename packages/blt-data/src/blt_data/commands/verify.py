@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from blt_data.console import EXIT_BAD_INPUT, JobProgress, format_bytes, friendly_errors, print_table
+from blt_data.console import EXIT_BAD_INPUT, JobProgress, format_bytes, friendly_errors, print_table, sentence_of
 from blt_data.cpus import available_cpus
 from blt_data.errors import InputError
 from blt_data.shards import Manifest, ShardEntry, read_manifest, shard_directories, verify_directory
@@ -28,8 +28,8 @@ def verify_command(directories: tuple[Path, ...], workers: int | None) -> None:
     for path in paths:
         try:
             manifests[path] = read_manifest(path)
-        except InputError as error:
-            problems.append(str(error))
+        except (InputError, OSError) as error:
+            problems.append(sentence_of(error))
     rows = []
     entries = [entry for manifest in manifests.values() for entry in manifest.shards]
     total = sum(entry.file_bytes for entry in entries)

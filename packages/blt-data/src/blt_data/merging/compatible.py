@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -74,7 +75,7 @@ def _check_distinct(directories: Sequence[ShardDirectory]) -> None:
         if other is not directory:
             what = (
                 "is given twice"
-                if other.path.resolve() == directory.path.resolve()
+                if os.path.realpath(other.path) == os.path.realpath(directory.path)
                 else f"holds the same as {other.path}"
             )
             raise InputError(

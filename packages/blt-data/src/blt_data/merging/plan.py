@@ -5,6 +5,7 @@ The plan, and with it every byte of the output, depends on the inputs' content, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -177,12 +178,13 @@ def _by_split(config: MergeConfig) -> dict[Path, list[ShardDirectory]]:
     Raises:
         InputError: some inputs hold train and holdout and others do not, or the output lies in an input.
     """
-    output = config.output.absolute()
+    output = Path(os.path.realpath(config.output))
     kinds: dict[tuple[str, ...], Path] = {}
     grouped: dict[Path, list[ShardDirectory]] = {}
     for given in config.inputs:
-        resolved = given.resolve()
-        if output.resolve() == resolved or resolved in output.resolve().parents:
+        # Unlike Path.resolve, this takes links that lead in circles.
+        resolved = Path(os.path.realpath(given))
+        if output == resolved or resolved in output.parents:
             raise InputError(f"{config.output}: is the input {given} or lies in it; name another --output")
         found = shard_directories(given)
         names = () if found == [given] else tuple(path.name for path in found)

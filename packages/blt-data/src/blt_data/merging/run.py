@@ -60,6 +60,8 @@ def run_merge(plan: MergePlan, on_shard: Callable[[ShardEntry], None] | None = N
         OSError: a file cannot be read or written.
     """
     output = plan.config.output
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is no directory; name a directory to make")
     if complete_manifests(plan):
         manifests = _check_complete(plan)
         shutil.rmtree(output / _WORK_NAME, ignore_errors=True)
@@ -213,7 +215,8 @@ def _link_or_copy(source: Path, target: Path, entry: ShardEntry) -> None:
             return
         target.unlink()
     try:
-        os.link(source, target)
+        # The file itself, where the shard is a symbolic link to it.
+        os.link(os.path.realpath(source), target)
     except OSError:
         # Another file system, or one that knows no hard links.
         with source.open("rb") as original, atomic_file(target) as copy:

@@ -78,7 +78,12 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
         The open file. Its `sha256` and `size` may be read after the block.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    file = HashingFile(temporary)
+    try:
+        file = HashingFile(temporary)
+    except OSError as error:
+        # The user knows nothing of the temporary name.
+        error.filename = str(path)
+        raise
     try:
         yield file
         file.sync()

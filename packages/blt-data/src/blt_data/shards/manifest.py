@@ -203,6 +203,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     path = Path(directory)
     file = path / MANIFEST_NAME
     try:
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file}: is no regular file; prepare the data again")
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(_why_no_manifest(path)) from None

@@ -215,8 +215,9 @@ def _map(file: Path) -> pa.Buffer:
     """Map a file into memory; Arrow maps no empty file."""
     if file.stat().st_size == 0:
         return pa.py_buffer(b"")
-    # Closing the map closes its file descriptor; the mapping itself lives as long as the buffer.
-    with pa.memory_map(os.fspath(file)) as mapped:
+    # As bytes, since a name need not be UTF-8. Closing the map closes its file descriptor; the mapping itself lives as
+    # long as the buffer.
+    with pa.memory_map(os.fsencode(file)) as mapped:
         return mapped.read_buffer()
 
 
