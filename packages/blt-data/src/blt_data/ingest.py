@@ -11,9 +11,10 @@ finishes anew.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,7 @@ from blt_data.planning import DEFAULT_SHARD_BYTES, ForeignReader, PlannedJob, Pr
 from blt_data.records import ScatterRecord, StepCount
 from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory
 from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory
+from blt_data.units import format_bytes
 from blt_data.workdir import discard_other_groups, discard_others, finished, working_directory
 
 if TYPE_CHECKING:
@@ -126,8 +128,12 @@ class PrepareResult:
     """Shard directory to its manifest: the output itself, or its `train` and `holdout`."""
     already_complete: bool
     """The output was there already, prepared with the same parameters."""
+    seconds: float = 0.0
+    """How long it took."""
     steps: tuple[StepCount, ...] = ()
     """What the steps between reading and writing did."""
+    shortages: tuple[str, ...] = ()
+    """For each source that had less than its limit or share, one sentence."""
     stats: Any = None
     """datatrove's `PipelineStats` of those steps, or None."""
 
@@ -154,6 +160,7 @@ def prepare(
         InputError: bad input, or the output holds something else.
         OSError: input cannot be read or output cannot be written.
     """
+    started = time.monotonic()
     listener = listener or Listener()
     _require_datatrove()
     planned = plan_job(
@@ -178,7 +185,8 @@ def prepare(
             executor=executor,
             listener=listener,
         )
-        return run.do(output)
+        result = run.do(output)
+    return replace(result, seconds=time.monotonic() - started)
 
 
 def _require_datatrove() -> None:
@@ -211,6 +219,7 @@ class _Run:
         self._job, self._planned, self._steps = planned.job, planned, steps
         self._workers, self._executor, self._listener = workers, executor, listener
         self._records: dict[int, ScatterRecord] = {}
+        self._shortages: tuple[str, ...] = ()
 
     def do(self, output: Path) -> PrepareResult:
         """Do what an earlier run has not done, and finish."""
@@ -240,6 +249,7 @@ class _Run:
             manifests={output / path.relative_to(job.output): manifest for path, manifest in manifests.items()},
             already_complete=False,
             steps=steps_of(plan),
+            shortages=self._shortages,
             stats=total_stats(job, chosen),
         )
 
@@ -260,6 +270,12 @@ class _Run:
                 told = True
             self._run_scatter(missing)
             waves.take(self._records)
+        names = {task.source: task.reading.source for task in self._planned.tasks if task.reading is not None}
+        self._shortages = tuple(
+            f"{names[source]} holds {format_bytes(given)}, less than its limit or share of "
+            f"{format_bytes(self._planned.limits.of_source[source])}; nothing is repeated to make up for it"
+            for source, given in waves.shortages().items()
+        )
         return waves.chosen
 
     def _tell_scatter(self, wave: Sequence[ScatterTask], missing: Sequence[ScatterTask]) -> None:

@@ -17,7 +17,7 @@ from blt_data.errors import InputError
 from blt_data.units import format_bytes
 
 #: What a process takes before it reads anything: the interpreter, Arrow, datatrove.
-_PROCESS: Final = 150_000_000
+_PROCESS: Final = 120_000_000
 
 #: Batches that exist at once beside the buffer: the reader's, decoded and not, and the one being handed over.
 _BATCHES: Final = 6
@@ -27,6 +27,9 @@ _LEAST_BUFFER: Final = 8 << 20
 
 #: Part of the buffer that allocators and sorting take on top of what is counted.
 _SLACK: Final = 1.3
+
+#: Of a worker on a machine that we do not know.
+_ELSEWHERE: Final = 2 << 30
 
 #: Bytes of a group's bookkeeping per document: table, sort orders, ids.
 _PER_DOCUMENT: Final = 400
@@ -67,7 +70,7 @@ def plan_memory(
 
     Args:
         limit_bytes: of all local processes together, or of each worker where they run elsewhere; None takes half of
-            what this machine has.
+            what this machine has, or 2 GiB elsewhere.
         workers: how many there may be at most.
         on_one_machine: whether they share this machine's memory.
         shard_bytes: content bytes per shard.
@@ -76,7 +79,8 @@ def plan_memory(
     Raises:
         InputError: it is not enough for one worker.
     """
-    limit = machine_memory() // 2 if limit_bytes is None else limit_bytes
+    usual = machine_memory() // 2 if on_one_machine else _ELSEWHERE
+    limit = usual if limit_bytes is None else limit_bytes
     reading = _BATCHES * BATCH_BYTES + unit_bytes
     least = max(reading + _LEAST_BUFFER * _SLACK, shard_bytes * _SLACK + _BATCHES * BATCH_BYTES)
     for count in range(workers if on_one_machine else 1, 0, -1):

@@ -33,6 +33,7 @@ from blt_data.readers import OpenParquet, read_unit
 from blt_data.records import ScatterRecord, StepCount, read_scatter_record, write_scatter_record
 from blt_data.scatter import Scatter
 from blt_data.skips import ErrorPolicy, OnError, Skips
+from blt_data.workdir import working_directory
 
 #: Content bytes of Documents that are put into one batch.
 _BATCH_BYTES: Final = 1 << 20
@@ -195,7 +196,7 @@ class SpillWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
                     if not scatter.add(batch, unit):
                         break
             else:
-                yield from self._take(data or (), _Places(task), scatter)
+                yield from self._take(data or (), _Places(task, self.job.source), scatter)
             skipped = Skips() if self.reader is None else self.reader.policy.skips
             record = scatter.finish(skipped=skipped, steps=self._steps())
         replaced = read_scatter_record(folder)
@@ -251,10 +252,11 @@ class _Places:
 
     Args:
         task: what is read.
+        source: what documents of another reader are said to come from, unless they say it themselves.
     """
 
-    def __init__(self, task: ScatterTask) -> None:
-        self._task = task
+    def __init__(self, task: ScatterTask, source: str) -> None:
+        self._task, self._source = task, source
         self._units: dict[str, tuple[list[int], list[int]]] = {}
         for unit in task.units:
             first_rows, ordinals = self._units.setdefault(unit.file.relative, ([], []))
@@ -273,7 +275,7 @@ class _Places:
             # Of another reader nothing is known but that it gives the same documents in the same order every time.
             self._count += 1
             path = str(metadata.get("file_path", ""))
-            return str(metadata.get("source", self._task.name)), path, self._task.index, self._count
+            return str(metadata.get("source", self._source)), path, self._task.index, self._count
         try:
             path, row, source = metadata["file_path"], metadata["row"], metadata["source"]
             first_rows, ordinals = self._units[path]
@@ -431,8 +433,8 @@ class Finisher(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
             OSError: a shard cannot be written.
         """
         if not self.job.is_complete():
-            plan = self.job.plan_from_disk(self.tasks)
-            finish_job(self.job, plan)
+            with working_directory(self.job.output):
+                finish_job(self.job, self.job.plan_from_disk(self.tasks))
         yield from ()
 
 

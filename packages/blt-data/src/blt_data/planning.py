@@ -175,12 +175,14 @@ def plan_job(
     """
     output = Path(config.output).absolute()
     sources: tuple[PlannedSource, ...] = ()
+    limits = Limits(total_bytes=config.limit_bytes, of_source={})
     if reader is None:
         recipe = recipe_of(config)
         sources = resolve_sources(recipe, leave_out=output)
         if config.shuffle_seed == 0 and recipe.seed is not None:
             config = replace(config, shuffle_seed=recipe.seed)
         config = replace(config, limit_bytes=recipe.limit_bytes)
+        limits = _limits(recipe, sources)
     provenance = _provenance(config, sources, steps, reader)
     policy = ErrorPolicy(config.on_error)
     plan = plan_tasks(sources, shard_bytes=config.shard_bytes, context={}, policy=policy)
@@ -191,8 +193,9 @@ def plan_job(
         for index, task in enumerate(plan.tasks)
     ]
     if reader is not None:
-        tasks = [ScatterTask(index=rank, name=f"rank {rank}", key=str(rank)) for rank in range(reader.tasks)]
-    limits = _limits(config, sources)
+        tasks = [
+            ScatterTask(index=rank, name=f"rank {rank}", key=f"{rank}/{reader.tasks}") for rank in range(reader.tasks)
+        ]
     ordering = _ordering(config, tasks, limits, reader)
     memory = plan_memory(
         limit_bytes=config.memory_limit,
@@ -234,9 +237,9 @@ def plan_job(
     )
 
 
-def _limits(config: PrepareConfig, sources: Sequence[PlannedSource]) -> Limits:
+def _limits(recipe: Recipe, sources: Sequence[PlannedSource]) -> Limits:
     of_source = {index: item.limit_bytes for index, item in enumerate(sources) if item.limit_bytes is not None}
-    return Limits(total_bytes=config.limit_bytes, of_source=of_source)
+    return Limits(total_bytes=recipe.undivided_bytes, of_source=of_source)
 
 
 def _ordering(

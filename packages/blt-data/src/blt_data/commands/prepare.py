@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,20 +15,23 @@ from blt_data.console import (
     JobProgress,
     format_bytes,
     friendly_errors,
-    print_skips,
-    print_table,
 )
+from blt_data.executors.options import LOCAL, RAY, SLURM, ExecutorChoice, executor_options
 from blt_data.ingest import (
     DEFAULT_SHARD_BYTES,
     Listener,
     PrepareConfig,
-    PrepareResult,
     PrepareStart,
     StageStart,
     TasksFailedError,
     prepare,
 )
+from blt_data.results import print_result
 from blt_data.skips import OnError
+
+if TYPE_CHECKING:
+    from blt_data.executors import Executor
+    from blt_data.executors.slurm_options import SlurmOptions
 
 
 @click.command(
@@ -95,32 +98,59 @@ from blt_data.skips import OnError
     help="What becomes of a bad row or a damaged file: the run ends, or it is left out and counted.",
 )
 @click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Tasks at once; they change nothing but the time.  [default: as many as CPUs, fewer for little data]",
-)
-@click.option(
     "--memory-limit",
     type=ByteSize(),
-    help="Memory of all local processes together; it changes nothing but the time.  [default: half the machine's]",
+    help="Memory of all local processes together, or of each worker elsewhere; it changes nothing but the time.  "
+    "[default: half the machine's, 2GiB elsewhere]",
 )
+@executor_options(LOCAL, RAY, SLURM)
 @friendly_errors
-def prepare_command(shuffle_seed: int, no_shuffle: bool, on_error: str, **options: Any) -> None:
+def prepare_command(
+    executor: ExecutorChoice, shuffle_seed: int, no_shuffle: bool, on_error: str, **options: Any
+) -> None:
     """Write the documents of a source to a directory of byte shards, shuffled.
 
     Every byte of every document is kept as it is in UTF-8. A run that was killed goes on where it was when the same
     command is given again, and its files are the same, byte for byte, as those of a run that was not.
     """
-    config = PrepareConfig(shuffle_seed=None if no_shuffle else shuffle_seed, on_error=OnError(on_error), **options)
+    config = PrepareConfig(
+        shuffle_seed=None if no_shuffle else shuffle_seed,
+        on_error=OnError(on_error),
+        workers=executor.workers if executor.kind == LOCAL else None,
+        **options,
+    )
+    if executor.slurm is not None:
+        _submit(config, executor.slurm)
+        return
     try:
-        with _View() as view:
-            result = prepare(config, listener=view.listener)
+        with _View() as view, ExitStack() as stack:
+            running = stack.enter_context(_elsewhere(executor)) if executor.kind == RAY else None
+            result = prepare(config, executor=running, listener=view.listener)
     except TasksFailedError as failed:
         for failure in failed.failures:
             click.echo(f"error: {failure.message if failure.attempts == 1 else failure}", err=True)
         click.echo("what else could be done is done; mend this and run the same command again", err=True)
         raise SystemExit(EXIT_BAD_INPUT) from None
-    _print_result(result, view.seconds)
+    print_result(result)
+
+
+def _elsewhere(choice: ExecutorChoice) -> Executor:
+    return choice.executor(name="blt-data prepare", packages=("blt-data",), local_workers=1)
+
+
+def _submit(config: PrepareConfig, options: SlurmOptions) -> None:
+    from blt_data.building import Pipeline
+    from blt_data.executors.slurm import show, submit
+
+    if config.memory_limit is None:
+        # A part is left to what is not ours: the interpreter's own growth, shared libraries.
+        limit = options.cpus_per_task * options.mem_per_cpu_gb * 800_000_000
+        config = replace(config, memory_limit=limit)
+    pipeline = Pipeline(config, (), None, None)
+    output = Path(config.output)
+    stages = pipeline.slurm_stages()
+    submitted = submit(stages, options, name="blt-data", logs=output.with_name(f"{output.name}.slurm"))
+    show(submitted, options, result=f"{output}/**/manifest.json appears when all is done")
 
 
 class _View:
@@ -132,18 +162,12 @@ class _View:
         )
         self._stack = ExitStack()
         self._progress: JobProgress | None = None
-        self._started = time.monotonic()
 
     def __enter__(self) -> _View:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the run began."""
-        return time.monotonic() - self._started
 
     def _start(self, start: PrepareStart) -> None:
         files = f"{start.files:,} {'file' if start.files == 1 else 'files'}, " if start.files else ""
@@ -178,17 +202,3 @@ class _View:
     def _task(self) -> None:
         if self._progress is not None:
             self._progress.advance(files=1)
-
-
-def _print_result(result: PrepareResult, seconds: float) -> None:
-    if result.already_complete:
-        click.echo("already complete, nothing to do", err=True)
-    rows = [
-        (path, manifest.documents, manifest.bytes, len(manifest.shards)) for path, manifest in result.manifests.items()
-    ]
-    title = "prepared"
-    if not result.already_complete:
-        total = sum(manifest.bytes for manifest in result.manifests.values())
-        title = f"prepared {format_bytes(total)} in {seconds:.1f} s ({total / 1e6 / max(seconds, 1e-9):,.1f} MB/s)"
-    print_table(title, rows, ("directory", "documents", "bytes", "shards"))
-    print_skips(next(iter(result.manifests.values())).skipped)
