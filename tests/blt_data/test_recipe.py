@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blt_data.plan
-from blt_data import InputError
+from blt_data import InputError, ShardDirectory
+from blt_data.ingest import PrepareConfig, prepare
 from blt_data.plan import Plan, plan_tasks, resolve_sources
 from blt_data.recipe import Recipe, SourceSpec, read_recipe
 from blt_data.skips import ErrorPolicy
 from blt_data.sources import Format
 
-from .corpora import json_lines, write_parquet
+from .corpora import json_lines, read_documents, write_parquet
 from .reading import plan_of, read_plan
 
 WHOLE = """
@@ -217,3 +218,32 @@ def test_provenance_says_nothing_of_this_machine(sources: Recipe, tmp_path: Path
     assert [value["source"] for value in values] == ["a", "second", "c.jsonl"]
     assert [value["files"] for value in values] == [5, 5, 1]
     assert all(len(str(value["listing_sha256"])) == len(hashlib.sha256().hexdigest()) for value in values)
+
+
+def test_prepared_by_shares(tmp_path: Path) -> None:
+    """Sources give their shares in the order of the recipe, and one that is smaller is told, not repeated."""
+    for name, count in (("a", 100), ("b", 100), ("small", 2)):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines([f"{name}{row:09d}"[-10:] for row in range(count)]))
+    text = f"""
+        limit_bytes: 1000
+        sources:
+          - {{source: {tmp_path}/a.jsonl, weight: 1, name: a}}
+          - {{source: {tmp_path}/small.jsonl, weight: 1, name: small}}
+          - {{source: {tmp_path}/b.jsonl, weight: 2, name: b}}
+    """
+    result = prepare(PrepareConfig(recipe=written(tmp_path, text), output=tmp_path / "out", workers=1))
+    shards = ShardDirectory.open(tmp_path / "out", verify=True)
+    found = Counter(shards.shard(shard).source(row) for shard, row in shards.documents())
+    assert found == {"a": 25, "small": 2, "b": 50}
+    assert result.shortages == (
+        "small holds 20 B, less than its limit or share of 250 B; nothing is repeated to make up for it",
+    )
+
+
+def test_a_large_document_beyond_a_share_ends_only_its_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["a" * 400, "A" * 900]))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["b" * 400, "B" * 900]))
+    specs = tuple(SourceSpec(source=str(tmp_path / f"{name}.jsonl"), weight=1) for name in "ab")
+    recipe = Recipe(sources=specs, limit_bytes=1000)
+    prepare(PrepareConfig(recipe=recipe, output=tmp_path / "out", workers=1, shuffle_seed=None))
+    assert [content[:1] for _, content in read_documents(tmp_path / "out")] == [b"a", b"b"]

@@ -51,6 +51,15 @@ class Waves:
         else:
             self._lines = [_Line(tasks, limits)]
 
+    def shortages(self) -> dict[int, int]:
+        """Return index of each source that had less than its limit to the content bytes that it gave."""
+        return {
+            source: line.taken[source]
+            for line in self._lines
+            for source, limit in self._limits.of_source.items()
+            if source in line.sources - line.reached and line.taken[source] < limit
+        }
+
     def next(self) -> list[ScatterTask]:
         """Return the tasks to run next, each with the most that it may take; none at the end."""
         wave = [task for line in self._lines for task in line.next()]
@@ -76,22 +85,26 @@ class _Line:
 
     def __init__(self, tasks: Sequence[ScatterTask], limits: Limits) -> None:
         self.chosen: list[ScatterTask] = []
+        self.sources = {task.source for task in tasks}
+        self.reached: set[int] = set()
+        """Sources of which something was left out."""
+        self.taken: dict[int, int] = defaultdict(int)
+        """Source to content bytes."""
         self._tasks, self._limits = tasks, limits
         self._at = 0
-        self._taken: dict[int, int] = defaultdict(int)
         self._wave: list[ScatterTask] = []
 
     def next(self) -> list[ScatterTask]:
         """Return tasks until they hold, by their weights, what may still be taken."""
         self._wave = []
-        expected = dict(self._taken)
+        expected = dict(self.taken)
         for task in self._tasks[self._at :]:
             if self._wave and (left := self._allowed(task, expected)) is not None and left <= 0:
                 # Of another source there may still be some to take.
                 if self._limits.total_bytes is not None and sum(expected.values()) >= self._limits.total_bytes:
                     break
                 continue
-            self._wave.append(replace(task, limit_bytes=self._allowed(task, self._taken)))
+            self._wave.append(replace(task, limit_bytes=self._allowed(task, self.taken)))
             expected[task.source] = expected.get(task.source, 0) + task.expected_bytes
         return self._wave
 
@@ -100,12 +113,12 @@ class _Line:
         for task in self._wave:
             if task.index != self._tasks[self._at].index:
                 return
-            allowed = self._allowed(task, self._taken)
+            allowed = self._allowed(task, self.taken)
             record = records[task.index]
             if not record.serves(allowed):
                 return
             self.chosen.append(replace(task, limit_bytes=allowed))
-            self._taken[task.source] += record.content_bytes
+            self.taken[task.source] += record.content_bytes
             self._at += 1
             if record.beyond is not None:
                 self._end(task, record.beyond)
@@ -124,13 +137,14 @@ class _Line:
 
     def _end(self, task: ScatterTask, beyond: Beyond) -> None:
         """Leave out what follows the document at which a limit was reached."""
-        total, taken = self._limits.total_bytes, sum(self._taken.values())
+        total, taken = self._limits.total_bytes, sum(self.taken.values())
         all_done = total is not None and taken + beyond.bytes > total
         limit = total if all_done else self._limits.of_source[task.source]
-        if not (taken if all_done else self._taken[task.source]):
+        if not (taken if all_done else self.taken[task.source]):
             raise InputError(
                 f"the first document{'' if all_done else f' of {task.name}'}, {beyond.document_id!r}, has "
                 f"{beyond.bytes:,} bytes, more than the limit of {limit:,}; raise the limit"
             )
+        self.reached |= self.sources if all_done else {task.source}
         while self._at < len(self._tasks) and (all_done or self._tasks[self._at].source == task.source):
             self._at += 1

@@ -80,6 +80,11 @@ class Recipe:
         names = Counter(spec.name for spec in self.sources if spec.name is not None)
         check_names(names)
 
+    @property
+    def undivided_bytes(self) -> int | None:
+        """The limit of all sources together, or None where there is none, or where the shares add up to it."""
+        return None if any(spec.weight is not None for spec in self.sources) else self.limit_bytes
+
     def shares(self) -> tuple[int | None, ...]:
         """Return the most bytes that each source may give, or None where it may give all it has.
 
