@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +24,10 @@ from blt_data.executors import LocalExecutor, TaskFailure
 from blt_data.executors.ray import RayExecutor
 from blt_data.executors.ray_pool import ActorNeeds, Greeting
 from blt_data.executors.ray_worker import RayWorker
+from blt_data.ingest import Listener, PrepareConfig, PrepareStart, TasksFailedError, prepare
 
 from . import executor_jobs as jobs
+from .corpora import files_of, json_lines, write_parquet
 from .executor_jobs import Task, attempts_of
 from .ray_cluster import TwoNodes
 
@@ -188,6 +190,110 @@ def test_a_node_that_does_not_see_the_directory(two_nodes: TwoNodes, tmp_path: P
         assert not attempts_of(tmp_path, 0)
     finally:
         two_nodes.remove_added()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six files, for some 30 tasks; random, so that no two documents are alike."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(random.randrange(2**32))
+    for number in range(3):
+        texts = ["".join(generator.choices("abc é\n日", k=generator.randint(0, 4000))) for _ in range(40)]
+        write_parquet(folder / f"{number}.parquet", texts)
+        (folder / f"{number}.jsonl").write_bytes(json_lines(texts[::-1]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that one process writes."""
+    output = tmp_path_factory.mktemp("expected") / "out"
+    prepare(prepare_config(corpus, output, workers=1))
+    files = files_of(output)
+    assert len(files) > 30
+    return files
+
+
+def prepare_config(corpus: Path, output: Path, workers: int | None = None) -> PrepareConfig:
+    return PrepareConfig(source=str(corpus), output=output, shard_bytes=10_000, holdout_fraction=0.2, workers=workers)
+
+
+def after_some_tasks(action: Callable[[], None]) -> Listener:
+    """Do something once, when a few tasks of the first stage have ended."""
+    ended = 0
+
+    def count() -> None:
+        nonlocal ended
+        ended += 1
+        if ended == 4:
+            action()
+
+    return Listener(on_task=count)
+
+
+def kill_a_worker(title: str) -> None:
+    """Kill one of the processes that this one, or its cluster, has started for tasks."""
+    children = [child for child in psutil.Process().children(recursive=True) if title in " ".join(child.cmdline())]
+    random.choice(children).kill()
+
+
+@pytest.mark.parametrize(("workers", "kill"), [(2, False), (5, False), (3, True)])
+def test_prepare_in_local_workers(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, workers: int, kill: bool
+) -> None:
+    kills: list[int] = []
+
+    def kill_one() -> None:
+        kill_a_worker("worker-")
+        kills.append(1)
+
+    listener = after_some_tasks(kill_one) if kill else None
+    prepare(prepare_config(corpus, tmp_path / "out", workers), listener=listener)
+    assert files_of(tmp_path / "out") == expected
+    assert bool(kills) == kill
+
+
+@pytest.mark.parametrize("killed", ["nothing", "worker", "node"])
+def test_prepare_on_the_cluster(
+    two_nodes: TwoNodes, executor: RayExecutor, corpus: Path, expected: dict[str, bytes], tmp_path: Path, killed: str
+) -> None:
+    kills: list[str] = []
+
+    def kill() -> None:
+        if killed == "worker":
+            kill_a_worker("ray::RayWorker")
+        else:
+            two_nodes.kill_second()
+        kills.append(killed)
+
+    listener = None if killed == "nothing" else after_some_tasks(kill)
+    try:
+        prepare(prepare_config(corpus, tmp_path / "out"), executor=executor, listener=listener)
+    finally:
+        if "node" in kills:
+            two_nodes.add_second()
+    assert files_of(tmp_path / "out") == expected
+    assert bool(kills) == (killed != "nothing")
+
+
+def test_prepare_reports_a_bad_file_and_finishes_the_rest(
+    executor: RayExecutor, corpus: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, output = tmp_path / corpus.name, tmp_path / "out"
+    source.mkdir()
+    for path in corpus.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    good = (source / "1.jsonl").read_bytes()
+    (source / "1.jsonl").write_bytes(b"[" + good[1:])
+    with pytest.raises(TasksFailedError, match=r"1\.jsonl: line 1 is no JSON") as caught:
+        prepare(prepare_config(source, output), executor=executor)
+    assert [failure.attempts for failure in caught.value.failures] == [1]
+    assert not (output / "train" / "manifest.json").exists()
+    (source / "1.jsonl").write_bytes(good)
+    starts: list[PrepareStart] = []
+    prepare(prepare_config(source, output), executor=executor, listener=Listener(on_start=starts.append))
+    assert files_of(output) == expected
+    assert starts[0].tasks_resumed == starts[0].tasks - 1
 
 
 def greeting(token: Path | None, version: str | None = None) -> Greeting:
