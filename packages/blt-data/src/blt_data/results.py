@@ -14,6 +14,8 @@ def print_result(result: PrepareResult) -> None:
     Args:
         result: of `prepare` or of a pipeline's `run`.
     """
+    for shortage in result.shortages:
+        click.echo(shortage, err=True)
     title = "prepared"
     if result.already_complete:
         click.echo("already complete, nothing to do", err=True)
