@@ -212,6 +212,14 @@ def test_compare_tells_what_two_patchings_share(place: Path, tmp_path: Path) -> 
     assert "100.00%" in run(place, "compare", "space", "space")
 
 
+def test_stats_by_group(place: Path) -> None:
+    groups = json.loads(run(place, "stats", "stored", "--by-id", "^([0-9])-", "--json"))["groups"]
+    assert sorted(groups) == ["0", "1", "2", "3"]
+    out = run(place, "stats", "stored", "--by-source")
+    assert re.search(r"source-1 +│ +\d+ │", out)
+    assert "characters/patch" in out
+
+
 BAD = {
     "calibrate: no model": (["calibrate", "bytes", "--target-patch-length", "4"], "bytes: holds byte shards, which"),
     "calibrate: none stored": (
@@ -282,6 +290,8 @@ BAD = {
     "compare: others": (["compare", "stored", "damaged"], "compare two patchings of the same byte shards"),
     "compare: nothing there": (["compare", "stored", "nowhere"], "nowhere: no such directory"),
     "compare: a file": (["compare", "file", "stored"], "file: is a file"),
+    "stats: no expression": (["stats", "stored", "--by-id", "("], "--by-id '(' is no regular expression: missing )"),
+    "stats: two groupings": (["stats", "stored", "--by-id", "a", "--by-source"], "ask for one at a time"),
     "stats: damage": (["stats", "damaged"], "does not have the checksum"),
 }
 

@@ -12,6 +12,7 @@ from tests.blt_patcher.shards import make_bytes
 from blt_data import ShardDirectory
 from blt_data.errors import InputError
 from blt_patcher import SpaceScheme, StaticScheme
+from blt_patcher.grouped_stats import GroupedStats, GroupStats, by_id, by_source
 from blt_patcher.precompute import precompute
 from blt_patcher.stats import QUANTILES, PatchStats, collect_stats, draw_histogram, draw_histograms_side_by_side
 
@@ -82,3 +83,37 @@ def test_two_histograms_share_their_bars() -> None:
     assert lines[3].count("█") == 8 + 16
     nothing = PatchStats(documents=0, bytes=0, counts=np.zeros(65_536, np.int64))
     assert draw_histograms_side_by_side(nothing, nothing) == "(no patches)"
+
+
+def test_groups_are_counted_document_by_document(tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    words = ["plain ", "größer", "日本語", "👩🏽‍🚀", "", "\n"]
+    shards = [
+        ["".join(words[i] for i in rng.integers(0, 6, size)).encode() for size in rng.integers(0, 30, 20)]
+        for _ in range(3)
+    ]
+    precompute(make_bytes(tmp_path / "bytes", shards=shards), tmp_path / "out", scheme=SpaceScheme())
+    directory = ShardDirectory.open(tmp_path / "out")
+    expected: dict[str, dict[str, list[int]]] = {"source": {}, "id": {}}
+    for index, row in directory.documents():
+        shard = directory.shard(index)
+        content = shard.content(row).tobytes()
+        counts = [1, len(content), len(content.decode()), shard.patch_lengths(row).size]
+        own_id = shard.document_id(row)
+        for kind, name in (("source", shard.source(row)), ("id", own_id[-1] if own_id[-1] in "0123" else "(no match)")):
+            sums = expected[kind].setdefault(name, [0, 0, 0, 0])
+            expected[kind][name] = [a + b for a, b in zip(sums, counts, strict=True)]
+    for kind, group_of in (("source", by_source), ("id", by_id(re.compile(r"([0-3])$")))):
+        grouped = GroupedStats(group_of)
+        stats = collect_stats(directory, visit=grouped.add)
+        found = {
+            name: [group.documents, group.bytes, group.characters, group.patches]
+            for name, group in grouped.groups.items()
+        }
+        assert found == expected[kind]
+        assert sum(group.patches for group in grouped.groups.values()) == stats.patches
+        sizes = [group.bytes for _, group in grouped.largest_first()]
+        assert sizes == sorted(sizes, reverse=True)
+    group = GroupStats(documents=2, bytes=10, characters=6, patches=5)
+    assert (group.mean, group.bytes_per_character, group.characters_per_patch) == (14 / 5, 10 / 6, 2.0)
+    assert GroupStats().to_json()["mean_patch_length"] == 0

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from blt_data import Manifest, ShardDirectory
+from blt_data import Manifest, Shard, ShardDirectory
 from blt_data.framing import FRAME_TOKENS
 from blt_patcher.drift import target_patch_length
 from blt_patcher.schemes import LONGEST_PATCH
@@ -81,11 +81,17 @@ class PatchStats:
         }
 
 
-def collect_stats(directory: ShardDirectory, *, advance: Callable[[int], None] | None = None) -> PatchStats:
+def collect_stats(
+    directory: ShardDirectory,
+    *,
+    visit: Callable[[Shard], None] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> PatchStats:
     """Count the patch lengths of every document, verifying every shard's checksums on the way.
 
     Args:
         directory: patched shards.
+        visit: called with every shard, so that others can count too while it is read.
         advance: called with the number of content bytes done.
 
     Raises:
@@ -93,7 +99,10 @@ def collect_stats(directory: ShardDirectory, *, advance: Callable[[int], None] |
     """
     counts = np.zeros(LONGEST_PATCH + 1, dtype=np.int64)
     for index, entry in enumerate(directory.manifest.shards):
-        _, lengths = directory.verified_shard(index).patch_column()
+        shard = directory.verified_shard(index)
+        _, lengths = shard.patch_column()
+        if visit is not None:
+            visit(shard)
         counts += np.bincount(lengths, minlength=counts.size)
         if advance is not None:
             advance(entry.bytes)
