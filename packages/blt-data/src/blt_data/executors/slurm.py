@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -19,6 +19,9 @@ from datatrove.utils.logging import logger
 from blt_data.console import print_table
 from blt_data.errors import InputError
 from blt_data.executors.slurm_options import SlurmOptions
+
+if TYPE_CHECKING:
+    from blt_data.building import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +35,6 @@ class Stage:
     ranks: int
     done: Callable[[int], bool] = field(default=lambda rank: False)
     """Whether a rank need not be submitted, because it has been done."""
-    memory_gb: int | None = None
-    """Gigabytes per CPU, if other than the options say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,20 @@ class _StageExecutor(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove 
         pickled = self.logging_dir.resolve_paths("executor.pik")
         command = f"srun {srun} -l -n {self.nodes_per_task} launch_pickled_pipeline {pickled}"
         return str(self.get_launch_file_contents(self.get_sbatch_args(array), command))
+
+
+def stages_of(pipeline: Pipeline) -> tuple[Stage, Stage, Stage]:
+    """Return the stages of a job that `build_pipeline` made.
+
+    Raises:
+        InputError: bad input, or the job has a limit in bytes, which SLURM's independent tasks cannot keep.
+        OSError: a source cannot be listed.
+    """
+    return (
+        Stage(name="scatter", blocks=pipeline.scatter, ranks=pipeline.scatter_tasks),
+        Stage(name="gather", blocks=pipeline.gather, ranks=pipeline.gather_tasks),
+        Stage(name="finish", blocks=pipeline.finish, ranks=1),
+    )
 
 
 def submit(
@@ -137,7 +152,7 @@ def _arguments(
         "time": options.time,
         "partition": options.partition,
         "cpus_per_task": options.cpus_per_task,
-        "mem_per_cpu_gb": stage.memory_gb or options.mem_per_cpu_gb,
+        "mem_per_cpu_gb": options.mem_per_cpu_gb,
         "workers": -1 if options.workers is None else options.workers,
         "job_name": f"{name}-{stage.name}",
         "qos": options.qos,
