@@ -16,6 +16,7 @@ from blt_data.console import ByteSize, ProgressBar, format_bytes, friendly_error
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.errors import EXIT_SIGTERM
+from blt_train.exchange_commands import export_command, import_command
 from blt_train.files import naming
 from blt_train.metrics import Metrics, StepMetrics
 from blt_train.quickstart.command import quickstart_command
@@ -203,4 +204,6 @@ def generate_command(
             output.write_bytes(bytes(kept))
 
 
+main.add_command(export_command)
+main.add_command(import_command)
 main.add_command(quickstart_command)
