@@ -17,13 +17,14 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from blt_data import ShardEntry, ShardKind
+from blt_data import ShardEntry, ShardKind, read_manifest
 from blt_data.cli import main
 from blt_data.readers import reasons
 from blt_data.recipe import Recipe, SourceSpec, read_recipe
 from blt_data.shards.schema import shard_schema
 from blt_data.sources.names import COLLECTIONS
 
+from .corpora import write_parquet
 from .shard_samples import Document, make_directory
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,29 @@ def test_options_of_the_page_exist() -> None:
     for words in shown_commands():
         own = {option for parameter in commands[words[1]].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= own
+
+
+@pytest.mark.parametrize("package", ["spacy", None])
+def test_example_with_a_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str | None) -> None:
+    """As it is where spaCy is installed; and with a filter that needs no other package."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["the and of to have with that be " * 20] * 7 + ["too short"] * 3
+    write_parquet(tmp_path / "a.parquet", texts, ids=[f"doc-{index}" for index in range(10)])
+    program = block("GopherQualityFilter").replace("fineweb-edu/sample-10BT", "a.parquet").replace("0.01", "0.5")
+    if package is None:
+        program = program.replace("GopherQualityFilter()", "LambdaFilter(lambda document: len(document.text) > 20)")
+        program = program.replace("GopherQualityFilter", "LambdaFilter")
+    else:
+        pytest.importorskip(package)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r" 10 7 4480$", done.stdout.strip())
+    splits = [read_manifest(tmp_path / "data" / "filtered" / split) for split in ("train", "holdout")]
+    assert sum(manifest.documents for manifest in splits) == 7
+    [(reason, skipped)] = splits[0].skipped.items()
+    assert reason.startswith("dropped by ")
+    assert (skipped.count, skipped.bytes) == (3, 27)
+    assert splits[0].provenance["steps"]
 
 
 def test_links_of_the_page_lead_somewhere() -> None:
