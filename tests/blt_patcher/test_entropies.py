@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,8 @@ from blt_data.framing import frame
 from blt_model import ByteLM, ByteLMConfig, ModelError, PackedBatch, preset
 from blt_model.weights import model_fingerprint, save_model
 from blt_model.weights.streaming import build_model
+from blt_patcher import EntropyScheme
+from blt_patcher.batching import compare_batchings
 from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model, score_documents
 
 #: Empty, one byte, shorter and longer than the model's window of 8, several windows long.
@@ -68,6 +73,111 @@ def test_neighbours_and_order_change_nothing(model: ByteLM) -> None:
         packed = score_documents(model, *join([DOCUMENTS[index] for index in order]), window_tokens=33)
         expected = np.concatenate([alone[index] for index in order]).astype(np.float64)
         np.testing.assert_allclose(packed.astype(np.float64), expected, rtol=2**-10, atol=1e-6)
+
+
+def restarted_entropies(model: ByteLM, document: bytes) -> npt.NDArray[np.float64]:
+    """The naive form of the reset at new lines: cut before every newline token, score each piece alone in float64."""
+    wide = copy.deepcopy(model).double()
+    pieces: list[list[int]] = [[]]
+    for token in frame(document).tolist():
+        if token == ord("\n") + 4:
+            pieces.append([])
+        pieces[-1].append(token)
+    nats = []
+    for piece in pieces:
+        tokens = torch.tensor(piece)
+        batch = PackedBatch(tokens=tokens, document_offsets=torch.tensor([0, len(tokens)], dtype=torch.int32))
+        with torch.inference_mode():
+            probabilities = wide(batch).softmax(-1)
+        nats.append(-(probabilities * probabilities.log()).sum(-1).numpy())
+    return np.concatenate(nats)
+
+
+@pytest.mark.parametrize("window_tokens", [3, 50, 1024, 10_000])
+def test_contexts_start_afresh_at_new_lines(model: ByteLM, window_tokens: int) -> None:
+    rng = np.random.default_rng()
+    lines = [rng.integers(0, 256, size, dtype=np.uint8).tobytes() for size in (0, 1, 30, 700, 0, 5, 2000)]
+    documents = [b"\n".join(lines), b"no line", b"\n", b"\n\n\r\nx\n", *DOCUMENTS]
+    content, offsets = join(documents)
+    nats = score_documents(model, content, offsets, window_tokens=window_tokens, reset_at_newlines=True)
+    exact = np.concatenate([restarted_entropies(model, document) for document in documents])
+    excess = np.abs(nats.astype(np.float64) - exact) - 0.5 * np.spacing(nats).astype(np.float64)
+    assert excess.max() < 1e-5
+    # What follows a newline token is what follows any: nothing before it counts.
+    after = [float(value) for value, token in zip(nats, framed(documents), strict=True) if token == ord("\n") + 4]
+    assert len(set(after)) == 1
+    without = score_documents(model, content, offsets, window_tokens=window_tokens)
+    assert (without != nats).any()
+    assert EntropyScorer(model, reset_at_newlines=True).identity != EntropyScorer(model).identity
+
+
+def framed(documents: list[bytes]) -> list[int]:
+    return [int(token) for document in documents for token in frame(document)]
+
+
+def test_padding_and_bfloat16_change_nothing_but_rounding(model: ByteLM) -> None:
+    content, offsets = join([*DOCUMENTS, bytes(range(32, 127)) * 40])
+    exact = score_documents(model, content, offsets).astype(np.float64)
+    # On a CPU nothing but half precision pads its windows.
+    for window_tokens in (64, 1100):
+        half = score_documents(model, content, offsets, window_tokens=window_tokens, precision="bfloat16")
+        assert 1e-4 < float(np.abs(half - exact).mean()) < 0.02
+    assert EntropyScorer(model, precision="bfloat16").settings["precision"] == "bfloat16"
+    assert next(model.parameters()).dtype == torch.float32
+    with pytest.raises(InputError, match="precision 'int4' is not known; choose float32 or bfloat16"):
+        EntropyScorer(model, precision="int4")
+
+
+def test_batchings_are_compared_token_by_token(model: ByteLM) -> None:
+    content, offsets = join(DOCUMENTS)
+    scheme = EntropyScheme(threshold=3.0)
+
+    def ignore(*amounts: int) -> None: ...
+
+    report = compare_batchings(EntropyScorer(model, window_tokens=100), ignore, scheme, content, offsets)
+    assert (report.documents, report.tokens) == (len(DOCUMENTS), content.size + 2 * len(DOCUMENTS))
+    # Nothing differs but the last bit of some float16, where float32's rounding tips it.
+    assert report.largest < 0.005
+    assert report.boundaries <= report.entropies < report.tokens / 50
+    assert report.patches > len(DOCUMENTS)
+
+    class Forgetful(EntropyScorer):
+        """A scorer whose first byte is felt by all that comes after: 97 in one order, 0 in the other."""
+
+        def score(self, content: npt.NDArray[np.uint8], *args: Any, **options: Any) -> npt.NDArray[np.float16]:
+            nats = super().score(content, *args, **options)
+            nats[2:] += np.float16(content[0])
+            return nats
+
+    report = compare_batchings(Forgetful(model), ignore, scheme, content, offsets)
+    assert report.entropies == report.tokens - 2
+    assert report.largest > 1
+
+
+def test_a_long_document_takes_memory_for_its_entropies_alone() -> None:
+    code = """
+import resource, sys
+import numpy as np
+from blt_model import ByteLM, preset
+from blt_patcher.entropies import EntropyScorer
+config = preset("entropy-debug", transformer={"dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8})
+text = np.resize(np.arange(256, dtype=np.uint8), int(sys.argv[1]))
+peaks, done = [], 0
+def watch(tokens):
+    global done
+    done += tokens
+    peaks.append((done, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+nats = EntropyScorer(ByteLM(config), window_tokens=8192).score(text, np.array([0, text.size]), advance=watch)
+assert nats.size == text.size + 2
+(early, before), (late, after) = peaks[len(peaks) // 6], peaks[-1]
+print(late - early, after - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, "3000000"], capture_output=True, text=True, check=True)
+    tokens, grown = map(int, done.stdout.split())
+    assert tokens > 2_400_000
+    # Two bytes for every entropy, and what the allocator makes of windows; the document in one window would take 40
+    # bytes a token and more.
+    assert grown < 2 * tokens + 12_000_000
 
 
 def test_no_documents(model: ByteLM) -> None:

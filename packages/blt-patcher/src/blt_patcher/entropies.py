@@ -144,7 +144,7 @@ class EntropyScorer:
         self._runner = _in_bfloat16(model, self.device) if self._bfloat16 else model.to(self.device)
         # Fixed shapes are compiled once; and rows of a matrix product come out the same whatever is in the others.
         self._pads = compile or self._bfloat16
-        self._step: Callable[..., Any] = torch.compile(self._entropies) if compile else self._entropies
+        self._forward: Callable[..., Any] = torch.compile(self._entropies) if compile else self._entropies
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class EntropyScorer:
                 advance(count)
 
         with torch.inference_mode(), self._precision():
-            beginning = state = self._runner.initial_state()
+            beginning = state = self.begin()
             for window in cut_windows(
                 content, content_offsets, self.window_tokens, reset_at_newlines=self.reset_at_newlines, pad=self._pads
             ):
@@ -202,20 +202,49 @@ class EntropyScorer:
             collect()
         return result
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of a full window."""
+        return window_capacity(self.window_tokens)
+
+    def begin(self) -> StreamState:
+        """Return the state before a context's first token."""
+        return self._runner.initial_state()
+
+    def step(
+        self, tokens: Tensor, offsets: Tensor, state: StreamState, max_length: int | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """Score one window, under the precision that the caller has set.
+
+        Args:
+            tokens: int64 [T] on the device.
+            offsets: int32 [C + 1] where contexts begin; the first one continues.
+            state: what the window before gave, or `begin()`.
+            max_length: upper bound of a context's tokens; None means T.
+
+        Returns:
+            float16 [T] nats on the device, and the state for the next window.
+        """
+        if self._compiled:
+            # One compiled form for any number of contexts.
+            torch._dynamo.maybe_mark_dynamic(offsets, 0)
+        nats, state = self._forward(tokens, offsets, state, max_length)
+        return nats, state
+
     def _entropies(
         self, tokens: Tensor, offsets: Tensor, state: StreamState, max_length: int | None
     ) -> tuple[Tensor, StreamState]:
-        """Return a window's entropies, float16 [T] on the device, and the state for the next window."""
+        """Do what `step` says; this is what gets compiled."""
         trunk, state = self._runner.stream_trunk(tokens, offsets, state, max_length=max_length)
         return next_byte_entropy(self._runner.wide_logits(trunk)).to(torch.float16), state
 
     def _run(self, window: Window, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Send a window to the device and start its computation; see `_entropies`."""
+        """Send a window to the device and start its computation; see `step`."""
         tokens, offsets = self._to_device(window)
         # Kernels are started for the longest context that may come; lines are short, and there may be thousands.
         longest = _round_up(int(np.diff(window.context_offsets).max())) if self.reset_at_newlines else None
         try:
-            nats, state = self._step(tokens, offsets, state, longest)
+            return self.step(tokens, offsets, state, longest)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"the GPU has too little memory for windows of {self.window_tokens:,} tokens; give fewer with "
@@ -226,7 +255,6 @@ class EntropyScorer:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the model cannot be compiled here ({reason}); give --no-compile") from error
-        return nats, state
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._bfloat16 else nullcontext()
@@ -242,9 +270,6 @@ class EntropyScorer:
             # The pinned copies come from torch's cache of pinned memory, which keeps them until the transfer is over.
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
             offsets = offsets.pin_memory().to(self.device, non_blocking=True)
-        if self._compiled:
-            # One compiled form for any number of contexts.
-            torch._dynamo.maybe_mark_dynamic(offsets, 0)
         return tokens, offsets
 
     def _send(self, window: Window, nats: Tensor) -> _Arrival:

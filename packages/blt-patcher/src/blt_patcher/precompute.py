@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ from blt_patcher.scorers import Scorer, ScorerIdentity
 from blt_patcher.shard_job import ShardJob, patch_in_this_process, start_worker
 
 log = logging.getLogger(__name__)
+
+#: Directory of executors within the output while it is written.
+_WORK_NAME: Final = ".work"
 
 #: Finished shards whose checksums are recomputed at once.
 _READERS: Final = 8
@@ -134,7 +138,7 @@ def precompute(
         else:
             patch_in_this_process(job, _local(scorer), left, done, told)
         if only is None:
-            write_manifest(target, _manifest(entries, provenance))
+            _complete(target, _manifest(entries, provenance))
     missing = 0
     if only is not None:
         missing = _finish_if_complete(source, target, entries, provenance)
@@ -168,13 +172,16 @@ def _patch_elsewhere(
         keep_entropies=job.keep_entropies,
         provenance=job.provenance,
     )
+    # What executors leave there when they are killed goes with it when the manifest is written.
+    work = placed.output / _WORK_NAME
+    work.mkdir(exist_ok=True)
     failures = workers.executor.run(
         partial(start_worker, placed, workers.load_scorer),
         indices,
         names=[str(job.source.path / job.source.manifest.shards[index].name) for index in indices],
         on_progress=report,
         on_result=lambda _, result: on_entry(result[1], result[0]),
-        shared_directory=placed.output,
+        shared_directory=work,
     )
     if failures:
         others = f", and {len(failures) - 1} more shards could not be patched" if len(failures) > 1 else ""
@@ -196,6 +203,12 @@ def _finished(source: ShardDirectory, target: Path, indices: Iterable[int]) -> d
 def _manifest(entries: Mapping[int, ShardEntry], provenance: Mapping[str, Any]) -> Manifest:
     shards = tuple(entries[index] for index in sorted(entries))
     return Manifest(kind=ShardKind.PATCHED, shards=shards, provenance=provenance)
+
+
+def _complete(target: Path, manifest: Manifest) -> None:
+    """Write the manifest of a directory that this process alone holds, and leave nothing else there."""
+    shutil.rmtree(target / _WORK_NAME, ignore_errors=True)
+    write_manifest(target, manifest)
 
 
 def _finish_if_complete(
@@ -220,7 +233,7 @@ def _finish_if_complete(
         with held(target):
             entries.update(_finished(source, target, (n for n in range(len(source)) if n not in entries)))
             if len(entries) == len(source):
-                write_manifest(target, _manifest(entries, provenance))
+                _complete(target, _manifest(entries, provenance))
     except InputError:
         log.info("another job is still writing to %s, and will write its manifest", target)
         return 0
