@@ -134,7 +134,7 @@ def transformers_forward(model: ByteLM) -> Callable[[torch.Tensor], torch.Tensor
     theirs = their_patcher(model.config, attention="sdpa")
     theirs.train(False)
     model.load_state_dict(byte_lm_weights(theirs.state_dict(), model.config))
-    theirs.to(next(model.parameters()).device)
+    theirs.to(next(model.parameters()).device)  # type: ignore[arg-type]  # transformers wraps the method
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
         entropies: torch.Tensor = theirs(tokens[None], patch_size=None, threshold=1.3, max_patch_length=None)[0]
