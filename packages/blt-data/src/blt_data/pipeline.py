@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -214,14 +214,11 @@ class SpillWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         for document in data:
             place = places.of(document)
             content = _content(document)
-            if pending.documents and (place[:3] != pending.place[:3] or pending.size >= _BATCH_BYTES):
-                if not scatter.add(pending.batch(), pending.place[2]):
-                    return
-                pending = _Pending()
+            if not pending.fits(place) and not pending.flush(scatter):
+                return
             pending.add(document.id, content, place)
             yield document
-        if pending.documents:
-            scatter.add(pending.batch(), pending.place[2])
+        pending.flush(scatter)
 
     def _steps(self) -> tuple[StepCount, ...]:
         return tuple(
@@ -243,8 +240,17 @@ def _content(document: Document) -> bytes:
         raise InputError(f"document {document.id!r} has no UTF-8 ({error}); mend or remove it") from error
 
 
-#: Source, file, ordinal of the unit, row.
-_Place = tuple[str, str, int, int]
+class _Place(NamedTuple):
+    """Where a Document comes from."""
+
+    source: str
+    file: str
+    unit: int
+    """Ordinal of the unit in the job; the rank, of another reader."""
+    row: int
+    """In the file; 0 if it is not known."""
+    order: int
+    """Grows from document to document of a unit."""
 
 
 class _Places:
@@ -275,7 +281,8 @@ class _Places:
             # Of another reader nothing is known but that it gives the same documents in the same order every time.
             self._count += 1
             path = str(metadata.get("file_path", ""))
-            return str(metadata.get("source", self._source)), path, self._task.index, self._count
+            source = str(metadata.get("source", self._source))
+            return _Place(source=source, file=path, unit=self._task.index, row=0, order=self._count)
         try:
             path, row, source = metadata["file_path"], metadata["row"], metadata["source"]
             first_rows, ordinals = self._units[path]
@@ -284,31 +291,42 @@ class _Places:
                 f"document {document.id!r} lacks {error} in its metadata, or has another's; "
                 "use steps that keep the metadata file_path, row and source"
             ) from error
-        return source, path, ordinals[bisect_right(first_rows, row - 1) - 1], row
+        unit = ordinals[bisect_right(first_rows, row - 1) - 1]
+        return _Place(source=source, file=path, unit=unit, row=row, order=row)
 
 
 @dataclass(slots=True)
 class _Pending:
     """Documents that will be one batch."""
 
-    place: _Place = ("", "", 0, 0)
+    place: _Place | None = None
     size: int = 0
-    documents: list[tuple[str, bytes, int]] = field(default_factory=list)
+    documents: list[tuple[str, bytes, int, int]] = field(default_factory=list)
 
     def add(self, document_id: str, content: bytes, place: _Place) -> None:
         self.place = place
         self.size += len(content)
-        self.documents.append((document_id, content, place[3]))
+        self.documents.append((document_id, content, place.row, place.order))
 
-    def batch(self) -> DocumentBatch:
-        ids, contents, rows = zip(*self.documents, strict=True)
-        return DocumentBatch(
-            source=self.place[0],
-            file=self.place[1],
+    def flush(self, scatter: Scatter) -> bool:
+        """Hand the documents on; return whether more are wanted."""
+        if self.place is None:
+            return True
+        ids, contents, rows, order = zip(*self.documents, strict=True)
+        batch = DocumentBatch(
+            source=self.place.source,
+            file=self.place.file,
             rows=np.array(rows, np.int64),
             document_ids=pa.array(ids, pa.string()),
             contents=pa.array(contents, pa.large_binary()),
         )
+        unit = self.place.unit
+        self.place, self.size, self.documents = None, 0, []
+        return scatter.add(batch, unit, np.array(order, np.int64))
+
+    def fits(self, place: _Place) -> bool:
+        """Return whether a document of that place may be in the same batch."""
+        return self.place is None or (self.place[:3] == place[:3] and self.size < _BATCH_BYTES)
 
 
 class GroupStream:

@@ -96,12 +96,13 @@ class Scatter:
         self._buffer.clear()
         self._file.__exit__(*error)  # type: ignore[arg-type]  # the three arguments of every __exit__
 
-    def add(self, batch: DocumentBatch, unit: int) -> bool:
+    def add(self, batch: DocumentBatch, unit: int, order: npt.NDArray[np.int64] | None = None) -> bool:
         """Take documents.
 
         Args:
-            batch: documents that follow those of the last call.
+            batch: n documents that follow those of the last call.
             unit: ordinal of their unit in the job.
+            order: int64 [n]: their order within the unit; None takes their rows.
 
         Returns:
             Whether more are wanted: False once the limit is reached.
@@ -111,7 +112,9 @@ class Scatter:
         """
         taken = self._within_limit(batch)
         if len(taken):
-            self._buffer.append(_Buffered(batch=taken, table=self._rows(taken, unit)))
+            self._buffer.append(
+                _Buffered(batch=taken, table=self._rows(taken, unit, batch.rows if order is None else order))
+            )
             size = taken.content_bytes
             self._buffered += size + taken.document_ids.nbytes + _PER_DOCUMENT * len(taken)
             self.documents += len(taken)
@@ -164,7 +167,7 @@ class Scatter:
             return batch.slice(0, fitting)
         return batch
 
-    def _rows(self, batch: DocumentBatch, unit: int) -> Rows:
+    def _rows(self, batch: DocumentBatch, unit: int, order: npt.NDArray[np.int64]) -> Rows:
         ordering = self._options.ordering
         table = np.zeros(len(batch), ROW)
         if ordering.seed is None:
@@ -173,7 +176,7 @@ class Scatter:
             table["key"], table["check"] = content_keys(batch, ordering.seed)
         else:
             table["key"] = shuffle_keys(batch, ordering.seed)
-        table["place"] = places(unit, batch.rows)
+        table["place"] = places(unit, order[: len(batch)])
         table["content"] = np.diff(batch.offsets)
         offsets, _ = column_buffers(batch.document_ids)
         table["id"] = np.diff(offsets)

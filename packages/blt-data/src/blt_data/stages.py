@@ -37,7 +37,7 @@ class Steps:
         # datatrove's own choice for sending blocks to its workers.
         import dill  # type: ignore[import-untyped]
 
-        return bytes(dill.dumps((self.readers, self.steps)))
+        return bytes(dill.dumps((self.readers, self.steps), recurse=True))
 
 
 def _unpack(packed: bytes | None) -> Steps:
