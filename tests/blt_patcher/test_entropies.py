@@ -249,3 +249,24 @@ def test_gpu_agrees_with_cpu_to_bfloat16(model: ByteLM, compile_model: bool) -> 
     # The output weights above are twenty-fold, and with them the rounding of bfloat16 logits.
     assert float(np.abs(gpu - cpu).mean()) < 0.06
     assert float(np.abs(gpu - cpu).max()) < 0.6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile_model", [False, True])
+@pytest.mark.parametrize("lines", [False, True])
+def test_on_a_gpu_neighbours_change_almost_nothing(compile_model: bool, lines: bool) -> None:
+    config = preset("entropy-debug", transformer={"window": 128, "dim": 64})
+    assert isinstance(config, ByteLMConfig)
+    torch.manual_seed(1)
+    model = ByteLM(config)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(9, 90, size, dtype=np.uint8).tobytes() for size in rng.integers(0, 5000, 40)]
+    scorer = EntropyScorer(
+        model, device="cuda", window_tokens=4096, compile=compile_model, reset_at_newlines=lines
+    )  # fmt: skip
+    report = compare_batchings(scorer, lambda *_: None, EntropyScheme(threshold=5.3), *join(documents))
+    # Windows of one shape, cut where tiles end: what remains is at most what bfloat16 would make of any change.
+    assert report.largest < 0.02
+    exact = score_documents(copy.deepcopy(model), *join(documents), reset_at_newlines=lines).astype(np.float64)
+    half = scorer.score(*join(documents)).astype(np.float64)
+    assert float(np.abs(half - exact).mean()) < 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import time
@@ -21,7 +22,10 @@ from blt_data import ShardDirectory, ShardKind
 from blt_data.errors import InputError
 from blt_data.executors.local import LocalExecutor
 from blt_patcher import EntropyScheme
+from blt_patcher.calibrate import take_sample
 from blt_patcher.cli import main
+from blt_patcher.commands.entropy_source import EntropySource, entropy_source
+from blt_patcher.commands.precompute import score_sample, sizes_of_choices
 from blt_patcher.commands.worker_options import WorkerOptions, parse_shards, visible_gpus
 from blt_patcher.precompute import Workers, held, precompute
 from blt_patcher.scorers import ScorerSpec
@@ -149,6 +153,37 @@ def test_workers_that_would_score_otherwise_are_refused(place: Path) -> None:
             scorer=stated,
             workers=Workers(executor=LocalExecutor(1), load_scorer=spec.load),
         )
+
+
+def test_samples_are_scored_where_the_scorers_are(place: Path) -> None:
+    source = ShardDirectory.open(place / "bytes", kind=ShardKind.BYTES)
+    sample = take_sample(source, 5000)
+    spec = ScorerSpec(model=place / "model", device="cpu", window_tokens=128)
+    told: list[tuple[int, ...]] = []
+
+    def scored(where: EntropySource) -> bytes:
+        arguments = (score_sample, sample.content, sample.content_offsets)
+        return where.call(*arguments, on_progress=lambda *amounts: told.append(amounts)).tobytes()
+
+    with entropy_source(spec, WorkerOptions()) as here, entropy_source(spec, WorkerOptions(workers=2)) as near:
+        far = dataclasses.replace(
+            near, workers=Workers(executor=LocalExecutor(1), load_scorer=spec.load), load_here=None
+        )
+        assert scored(here) == scored(near) == scored(far)
+    tokens = sample.content.size + 2 * (sample.content_offsets.size - 1)
+    assert sum(amounts[0] for amounts in told) == 3 * tokens
+
+
+def test_sizes_of_both_choices_are_told(place: Path) -> None:
+    source = ShardDirectory.open(place / "bytes", kind=ShardKind.BYTES)
+    scorer = ScorerSpec(model=place / "model", device="cpu", window_tokens=128).load()
+    options: dict[str, Any] = {"scheme": EntropyScheme(threshold=5.2), "scorer": scorer}
+    dropped = precompute(source, place / "dropped", keep_entropies=False, **options)
+    kept = precompute(source, place / "whole", keep_entropies=True, **options)
+    told = [sizes_of_choices(result.manifest) for result in (dropped, kept)]
+    actual = [sum(entry.file_bytes for entry in result.manifest.shards) for result in (kept, dropped)]
+    for guess in told:
+        np.testing.assert_allclose(guess, actual, rtol=0.05)
 
 
 def actors(nodes: TwoNodes) -> list[psutil.Process]:

@@ -26,6 +26,8 @@ class EntropySource:
     """The scorer, what is known of the workers' scorers, or None where no entropies are needed."""
     workers: Workers | None
     """Who patches; None where this process does."""
+    load_here: Callable[[], Scorer] | None = None
+    """Loads the workers' scorer in this process, where it can; a sample is scored here then, with all cores."""
 
     def call(self, function: Callable[..., R], *arguments: Any, on_progress: Report) -> R:
         """Return `function(scorer, report, *arguments)`, computed where the scorers are.
@@ -38,8 +40,9 @@ class EntropySource:
         Raises:
             InputError: the function raised one, or could not be run by the workers.
         """
-        if self.workers is None:
-            return function(self.scorer, on_progress, *arguments)
+        if self.workers is None or self.load_here is not None:
+            scorer = self.scorer if self.load_here is None else self.load_here()
+            return function(scorer, on_progress, *arguments)
         results: list[R] = []
         failures = self.workers.executor.run(
             partial(_prepare, function, self.workers.load_scorer),
@@ -87,4 +90,5 @@ def entropy_source(spec: ScorerSpec | None, placing: WorkerOptions) -> Iterator[
     placed = dataclasses.replace(spec, device=device)
     with executor:
         workers = Workers(executor=executor, load_scorer=placed.load)
-        yield EntropySource(scorer=placed.describe(device), workers=workers)
+        load_here = placed.load if executor.on_one_machine else None
+        yield EntropySource(scorer=placed.describe(device), workers=workers, load_here=load_here)

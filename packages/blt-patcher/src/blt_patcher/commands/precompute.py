@@ -11,7 +11,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from blt_data import ShardDirectory, ShardEntry, ShardKind
+from blt_data import Manifest, ShardDirectory, ShardEntry, ShardKind
 from blt_data.console import ByteSize, JobProgress, format_bytes, friendly_errors, print_table, progress
 from blt_data.executors import Report
 from blt_data.framing import FRAME_TOKENS
@@ -192,14 +192,24 @@ def _scheme(
 
 def _sizes(result: PrecomputeResult, scored: bool) -> dict[str, object]:
     """Return rows that tell what the shards take on disk with and without entropies."""
-    size = sum(entry.file_bytes for entry in result.manifest.shards)
     if not scored:
-        return {"on disk": format_bytes(size)}
-    tokens = result.manifest.bytes + FRAME_TOKENS * result.manifest.documents
-    entropies = _ENTROPY_BYTES * tokens
+        return {"on disk": format_bytes(sum(entry.file_bytes for entry in result.manifest.shards))}
     kept = any(entry.entropies for entry in result.manifest.shards)
-    with_them, without = (size, size - entropies) if kept else (size + entropies, size)
+    with_them, without = sizes_of_choices(result.manifest)
     return {
         "on disk, entropies float16": format_bytes(with_them) + ("" if kept else "  (not chosen)"),
         "on disk, entropies none": format_bytes(without) + ("  (not chosen)" if kept else ""),
     }
+
+
+def sizes_of_choices(manifest: Manifest) -> tuple[int, int]:
+    """Return the bytes that patched shards take with entropies and without, of which one is counted, the other told.
+
+    Args:
+        manifest: of patched shards.
+    """
+    size = sum(entry.file_bytes for entry in manifest.shards)
+    entropies = _ENTROPY_BYTES * (manifest.bytes + FRAME_TOKENS * manifest.documents)
+    if any(entry.entropies for entry in manifest.shards):
+        return size, size - entropies
+    return size + entropies, size
