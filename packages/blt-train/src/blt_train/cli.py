@@ -17,7 +17,7 @@ from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.errors import EXIT_SIGTERM
 from blt_train.exchange_commands import export_command, import_command
-from blt_train.files import naming
+from blt_train.generate_command import generate_command
 from blt_train.metrics import Metrics, StepMetrics
 from blt_train.quickstart.command import quickstart_command
 
@@ -152,58 +152,7 @@ def evaluate_command(
     )
 
 
-@main.command("generate", epilog="Example: blt-train generate --checkpoint runs/blt --prompt 'The meaning of'")
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Run directory or checkpoint.")
-@click.option("--prompt", required=True, help="Text to continue; may be empty.")
-@click.option("--max-new-bytes", type=click.IntRange(min=0), default=200, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest byte.")
-@click.option("--top-k", type=click.IntRange(min=1), help="Draw among the k likeliest bytes only.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
-@click.option("--entropy-model", type=click.Path(path_type=Path), help="Instead of the run's own copy.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Also write prompt and bytes, as is.")
-@friendly_errors
-def generate_command(
-    checkpoint: Path,
-    prompt: str,
-    max_new_bytes: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    entropy_model: Path | None,
-    device: str,
-    output: Path | None,
-) -> None:
-    """Continue a prompt, on standard output as it comes."""
-    from blt_train.generation import decode_stream, generate
-
-    start = prompt.encode("utf-8", errors="surrogateescape")
-    values = generate(
-        checkpoint,
-        start,
-        max_new_bytes=max_new_bytes,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        entropy_model=entropy_model,
-        device=device,
-    )
-    kept = bytearray(start)
-    click.echo(start.decode("utf-8", errors="replace"), nl=False)
-
-    def keep(value: int) -> int:
-        kept.append(value)
-        return value
-
-    for text in decode_stream(map(keep, values)):
-        click.echo(text, nl=False)
-        sys.stdout.flush()
-    click.echo()
-    if output is not None:
-        with naming(output):
-            output.write_bytes(bytes(kept))
-
-
 main.add_command(export_command)
+main.add_command(generate_command)
 main.add_command(import_command)
 main.add_command(quickstart_command)

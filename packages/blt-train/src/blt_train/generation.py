@@ -1,89 +1,30 @@
-"""Text from a checkpoint: the patch scheme and the entropy model come from the run that made it."""
+"""Text from a trained model, with the patch scheme and the entropy model that belong to it."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from blt_model import BLT, ByteLM, Generator, Request, SamplingOptions
-from blt_model.weights.native import load_model
-from blt_patcher import IncrementalPatcher, PatchScheme, scheme_from_json
-from blt_train.checkpoint import TRAINER_NAME, TrainerState, checkpoint_directory, read_trainer_state
-from blt_train.config import Precision
-from blt_train.errors import CheckpointError
-from blt_train.inputs import open_entropy_model
-from blt_train.resume import ENTROPY_MODEL_NAME
-from blt_train.runtime import choose_device
+from blt_model import Generator, Request, SamplingOptions
+from blt_patcher import IncrementalPatcher
+from blt_train.models import OpenedModel, open_model
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedModel:
-    """What generation needs of a checkpoint."""
-
-    model: BLT | ByteLM
-    """The model, on its device."""
-
-    scheme: PatchScheme | None
-    """The patch scheme of the training data; None for a byte LM."""
-
-    entropy_model: ByteLM | None
-    """The model that scored the training data, where one did."""
-
-    def generator(self, rows: int = 1) -> Generator:
-        """Return a generator of so many texts at once."""
-        scheme = self.scheme
-        return Generator(
-            self.model,
-            new_patcher=None if scheme is None else lambda: IncrementalPatcher(scheme),
-            entropy_model=self.entropy_model,
-            rows=rows,
-        )
-
-
-def open_trained_model(
-    checkpoint: str | os.PathLike[str],
-    *,
-    entropy_model: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    precision: Precision | str = Precision.FLOAT32,
-) -> TrainedModel:
-    """Load a checkpoint for generation.
+def generator_of(opened: OpenedModel, rows: int = 1) -> Generator:
+    """Return a generator with a model's own patch scheme and entropy model.
 
     Args:
-        checkpoint: a run directory, a checkpoint in it, or (byte LM only) a model directory.
-        entropy_model: the model that scored the training data; None for the run's own copy.
-        device: `auto`, `cpu` or `cuda`.
-        precision: of the weights and the arithmetic. The entropy model stays in float32: boundaries rest on it.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or a BLT's run or entropy model is missing.
-        ConfigError: the entropy model is another than the one that scored the training data.
+        opened: the model.
+        rows: texts at once.
     """
-    directory = checkpoint_directory(checkpoint)
-    chosen = choose_device(device)
-    dtype = torch.bfloat16 if precision == Precision.BFLOAT16 else None
-    model = load_model(directory, device=chosen, dtype=dtype)
-    if isinstance(model, ByteLM):
-        return TrainedModel(model=model, scheme=None, entropy_model=None)
-    if not (directory / TRAINER_NAME).exists():
-        raise CheckpointError(
-            f"{directory}: has no {TRAINER_NAME}, which names the patch scheme; name a run directory or a checkpoint "
-            "within it"
-        )
-    state = read_trainer_state(directory)
-    scorer = None
-    if state.entropy_model is not None or entropy_model is not None:
-        copy = directory.parent.parent / ENTROPY_MODEL_NAME
-        if entropy_model is None and not copy.exists():
-            raise CheckpointError(f"{copy}: is missing; name the model that scored the training data")
-        scorer = open_entropy_model(entropy_model or copy, state.entropy_model, data="the training data")
-        scorer.to(chosen)
-    return TrainedModel(model=model, scheme=_scheme_of(directory, state), entropy_model=scorer)
+    scheme = opened.scheme
+    return Generator(
+        opened.model,
+        new_patcher=None if scheme is None else lambda: IncrementalPatcher(scheme),
+        entropy_model=opened.entropy_model,
+        rows=rows,
+    )
 
 
 def generate(
@@ -99,12 +40,12 @@ def generate(
     """Continue a prompt with a trained model.
 
     Args:
-        checkpoint: a run directory, a checkpoint in it, or (byte LM only) a model directory.
+        checkpoint: what `blt_train.models.open_model` takes: a run, a checkpoint, a model directory, a hub repository.
         prompt: raw bytes; may be empty.
         max_new_bytes: most bytes to generate.
         sampling: how bytes are chosen; None takes the likeliest each time.
         stop: the text ends before the first of these that it generates.
-        entropy_model: the model that scored the training data; None for the run's own copy.
+        entropy_model: the model that scored the training data; None for the one that comes with the model.
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
@@ -115,17 +56,6 @@ def generate(
         ConfigError: the entropy model is another than the one that scored the training data.
         ModelError: an option is out of range.
     """
-    request = Request(
-        prompt=prompt, max_new_bytes=max_new_bytes, sampling=sampling or SamplingOptions(), stop=stop
-    )
-    trained = open_trained_model(checkpoint, entropy_model=entropy_model, device=device)
-    return itertools.chain.from_iterable(trained.generator().stream(request))
-
-
-def _scheme_of(checkpoint: Path, state: TrainerState) -> PatchScheme:
-    """Return the patch scheme of the training data."""
-    scheme = state.data["provenance"].get("scheme")
-    try:
-        return scheme_from_json(scheme)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint / TRAINER_NAME}: names no patch scheme ({error})") from error
+    request = Request(prompt=prompt, max_new_bytes=max_new_bytes, sampling=sampling or SamplingOptions(), stop=stop)
+    opened = open_model(checkpoint, entropy_model=entropy_model, device=device)
+    return itertools.chain.from_iterable(generator_of(opened).stream(request))

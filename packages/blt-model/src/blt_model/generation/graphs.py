@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-_Result = TypeVar("_Result")
 
 
 def bucket(count: int, most: int) -> int:
@@ -27,34 +25,34 @@ class GraphRunner:
             enabled: capture graphs; only where the device is CUDA.
         """
         self.enabled = enabled and device.type == "cuda"
-        self._graphs: dict[Hashable, tuple[Any, Any]] = {}
+        self._graphs: dict[Hashable, Any] = {}
         self._pool: Any = None
 
     def clear(self) -> None:
         """Forget all graphs, because a buffer that they use was replaced."""
         self._graphs.clear()
+        # The pool goes with the last of its graphs.
+        self._pool = None
 
-    def run(self, key: Hashable, function: Callable[[], _Result], changed: Sequence[Tensor] = ()) -> _Result:
+    def run(self, key: Hashable, function: Callable[[], None], changed: Sequence[Tensor] = ()) -> None:
         """Run a function.
+
+        All graphs share the memory of what they compute on the way, so nothing of that outlives a run: what a function
+        gives to the next it copies to a tensor that was there before.
 
         Args:
             key: what the shapes of the function depend on.
             function: reads and writes tensors that stay where they are from call to call, and waits for nothing.
             changed: tensors that it changes otherwise on a second call than on the first.
-
-        Returns:
-            What the function returned when it was captured; the tensors in it hold this call's results until the next.
         """
         if not self.enabled:
-            return function()
+            function()
+            return
         if key not in self._graphs:
             self._graphs[key] = self._capture(function, changed)
-        graph, result = self._graphs[key]
-        graph.replay()
-        kept: _Result = result
-        return kept
+        self._graphs[key].replay()
 
-    def _capture(self, function: Callable[[], _Result], changed: Sequence[Tensor]) -> tuple[Any, _Result]:
+    def _capture(self, function: Callable[[], None], changed: Sequence[Tensor]) -> Any:
         """Capture after a trial, which lets libraries allocate what they need."""
         before = [tensor.clone() for tensor in changed]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -68,5 +66,5 @@ class GraphRunner:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            result = function()
-        return graph, result
+            function()
+        return graph

@@ -33,6 +33,7 @@ from blt_model.generation.patch_steps import BLTFiller, PatchSteps
 from blt_model.generation.patching import NewPatcher, NextPatch, push_all
 from blt_model.generation.prefill import PackedTexts, TextPatches, byte_lm_logits, entropies_of, prefill_blt
 from blt_model.generation.steps import HashHistory, Norm, block_steps
+from blt_model.vocabulary import VOCABULARY_SIZE
 
 Ints = npt.NDArray[np.int64]
 
@@ -85,7 +86,7 @@ class ByteLMSession:
         self._numbers = StepNumbers(1, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._positions = np.zeros(rows, dtype=np.int64)
-        self._logits = torch.empty(0)
+        self._logits = torch.zeros(rows, VOCABULARY_SIZE, dtype=model.embedding.weight.dtype, device=self.device)
 
     def admit(self, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
         """See `Session`."""
@@ -101,23 +102,23 @@ class ByteLMSession:
         if self._steps.cache.rotary.reserve(int(positions.max()) + 1):
             self._runner.clear()
         if not self._runner.enabled:
-            self._logits = self._steps.step(tokens, self._steps.cache.plan(positions))
+            self._logits[:count] = self._steps.step(tokens, self._steps.cache.plan(positions))
         else:
             size = bucket(count, self.rows)
             self._tokens[:count] = tokens
             self._numbers.host[0] = self._positions
             self._numbers.upload()
-            self._logits = self._runner.run(size, lambda: self._static(size))[:count]
+            self._runner.run(size, lambda: self._static(size))
         positions += 1
 
-    def _static(self, size: int) -> Tensor:
+    def _static(self, size: int) -> None:
         cache = self._steps.cache
         plan = cache.plan_static(self._numbers.device[0, :size], None, cache.capacity)
-        return self._steps.step(self._tokens[:size], plan)
+        self._logits[:size] = self._steps.step(self._tokens[:size], plan)
 
     def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
         """See `Session`."""
-        return self._logits
+        return self._logits[: len(tokens)]
 
     def move_row(self, source: int, target: int) -> None:
         """See `Session`."""
@@ -172,7 +173,10 @@ class BLTSession:
         self._open_lengths = np.zeros(rows, dtype=np.int64)
         self._patchers: list[NextPatch] = [new_patcher() for _ in range(rows)]
         self._admitted: list[tuple[Sequence[int], Sequence[float]]] = [((), ())] * rows
-        self._states = torch.empty(0)
+        # What captured steps hand on.
+        self._states = weight.new_zeros((rows, config.encoder.dim))
+        self._entropies = torch.zeros(rows, dtype=torch.float32, device=self.device)
+        self._logits = weight.new_zeros((rows, VOCABULARY_SIZE))
         self._decoder_plan: AttentionStep | None = None
         self._addresses: tuple[int, ...] = ()
 
@@ -211,8 +215,8 @@ class BLTSession:
             self._numbers.host[:] = self._positions, self._open_lengths
             self._numbers.upload()
             changed = [] if self._hashes is None else [self._hashes.symbols]
-            self._states, entropies = self._runner.run(("encode", size), lambda: self._encode_static(size), changed)
-            entropies = None if entropies is None else entropies[:count]
+            self._runner.run(("encode", size), lambda: self._encode_static(size), changed)
+            entropies = None if self._entropy_steps is None else self._entropies[:count]
         else:
             plan = self._encoder.plan(positions)
             self._decoder_plan = plan if self._shares_plan else self._decoder.plan(positions)
@@ -241,7 +245,7 @@ class BLTSession:
                 self._runner.clear()
                 self._addresses = addresses
 
-    def _encode_static(self, size: int) -> tuple[Tensor, Tensor | None]:
+    def _encode_static(self, size: int) -> None:
         positions, open_lengths = self._numbers.device[0, :size], self._numbers.device[1, :size]
         plan = self._encoder.plan_static(positions, None, self._encoder.capacity)
         lm_plan = None
@@ -249,7 +253,9 @@ class BLTSession:
             cache = self._entropy_steps.cache
             lm_plan = cache.plan_static(positions, None, cache.capacity)
         slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths
-        return self._encode(self._tokens[:size], positions, slots, plan, lm_plan)
+        self._states[:size], entropies = self._encode(self._tokens[:size], positions, slots, plan, lm_plan)
+        if entropies is not None:
+            self._entropies[:size] = entropies
 
     def _encode(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: AttentionStep, lm_plan: AttentionStep | None
@@ -279,15 +285,18 @@ class BLTSession:
         ]
         if ended:
             self._complete(np.array(ended))
-        if not self._runner.enabled:
+        if not self._runner.enabled and self._decoder_plan is not None:
             return self._decode(self._states, self._decoder_plan)
         size = bucket(count, self.rows)
-        return self._runner.run(("decode", size), lambda: self._decode(self._states, None))[:count]
+        self._runner.run(("decode", size), lambda: self._decode_static(size))
+        return self._logits[:count]
 
-    def _decode(self, x: Tensor, plan: AttentionStep | None) -> Tensor:
+    def _decode_static(self, size: int) -> None:
+        plan = self._decoder.plan_static(self._numbers.device[0, :size], None, self._decoder.capacity)
+        self._logits[:size] = self._decode(self._states[:size], plan)
+
+    def _decode(self, x: Tensor, plan: AttentionStep) -> Tensor:
         """Logits [n, V] from byte states [n, dim]."""
-        if plan is None:
-            plan = self._decoder.plan_static(self._numbers.device[0, : len(x)], None, self._decoder.capacity)
         for layer, block in enumerate(self._decoder_blocks):
             if layer in self._decoder_cross:
                 x = self._patch_steps.read(self._decoder_cross[layer], x)
