@@ -20,7 +20,7 @@ from blt_patcher import (
     StaticScheme,
     patch_document,
 )
-from blt_patcher.viewing import GlyphKind, PatchView, render_patches, split_glyphs
+from blt_patcher.viewing import GlyphKind, PatchView, printable, render_patches, split_glyphs
 from blt_patcher.viewing.terminal import PALETTES
 
 #: Text of many scripts, marks, joiners, emoji, and bytes that are no text.
@@ -157,7 +157,20 @@ def test_what_does_not_fit_together_is_refused() -> None:
         PatchView(title="it", content=content, patch_lengths=lengths[:1])
     with pytest.raises(InputError, match="it: has 3 entropies for 5 tokens"):
         PatchView(title="it", content=content, patch_lengths=lengths, entropies=np.zeros(3, np.float16))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(InputError, match="it: has an entropy that is not a finite number"):
+            PatchView(title="it", content=content, patch_lengths=lengths, entropies=np.full(5, bad, np.float16))
     with pytest.raises(InputError, match="it: has no byte 4; it has 3 bytes"):
         PatchView(title="it", content=content, patch_lengths=lengths, first_byte=4)
     with pytest.raises(InputError, match="show at least 1"):
         PatchView(title="it", content=content, patch_lengths=lengths, shown_bytes=0)
+
+
+@given(text=st.text(st.characters(), max_size=20))
+def test_names_are_shown_without_controls(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    if text.isprintable():
+        assert shown == text
+    elif "\\" not in text and text.isascii():
+        assert shown.encode().decode("unicode_escape") == text

@@ -14,7 +14,7 @@ from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_optio
 from blt_patcher.compare import DEFAULT_EXAMPLES, Comparison, Difference, compare, first_difference
 from blt_patcher.schemes import PatchScheme, scheme_from_json
 from blt_patcher.stats import draw_histograms_side_by_side, provenance_rows
-from blt_patcher.viewing import PatchView
+from blt_patcher.viewing import PatchView, printable
 
 #: Bytes shown of an example: before the first difference, and in all, on the terminal and on a page.
 _LEAD_BYTES, _TERMINAL_BYTES, _PAGE_BYTES = 40, 160, 420
@@ -110,7 +110,7 @@ def _scheme(directory: ShardDirectory) -> PatchScheme | None:
 
 def _heading(example: Difference) -> str:
     return (
-        f"{example.document_id}: {example.common:,} boundaries in common, {example.only_a:,} only in A, "
+        f"{printable(example.document_id)}: {example.common:,} boundaries in common, {example.only_a:,} only in A, "
         f"{example.only_b:,} only in B"
     )
 
@@ -135,8 +135,9 @@ def _write_page(path: Path, found: Comparison, a: ShardDirectory, b: ShardDirect
     ]
     sections += [
         Section(
-            heading=example.document_id,
-            note=_heading(example).removeprefix(f"{example.document_id}: ") + "; shown from a little before the first "
+            heading=printable(example.document_id),
+            note=_heading(example).removeprefix(f"{printable(example.document_id)}: ")
+            + "; shown from a little before the first "
             "difference.",
             drawings=[draw_compared(*_views(example, a, b, _PAGE_BYTES))],
         )

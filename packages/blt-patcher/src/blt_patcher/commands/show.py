@@ -24,7 +24,7 @@ from blt_patcher.commands.scoring import as_entropy_based
 from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_option
 from blt_patcher.lookup import find_document
 from blt_patcher.schemes import PatchScheme, scheme_from_json
-from blt_patcher.viewing import PatchView
+from blt_patcher.viewing import PatchView, printable
 from blt_patcher.viewing.view import DEFAULT_SHOWN_BYTES
 
 if TYPE_CHECKING:
@@ -119,7 +119,9 @@ def _subject(text: str | None, file: Path | None, directory: Path | None, docume
         # What the shell passed as undecodable bytes comes back as those bytes.
         return _Subject(title="text", content=_array(os.fsencode(text)))
     if file is not None:
-        return _Subject(title="standard input" if str(file) == "-" else str(file), content=_array(_read(file)))
+        return _Subject(
+            title="standard input" if str(file) == "-" else printable(str(file)), content=_array(_read(file))
+        )
     assert directory is not None
     return _stored(directory, document)
 
@@ -129,7 +131,7 @@ def _stored(path: Path, document: str | None) -> _Subject:
     directory = ShardDirectory.open(path)
     index, row = find_document(directory, document)
     shard = directory.verified_shard(index)
-    title = shard.document_id(row)
+    title = printable(shard.document_id(row))
     if directory.kind is ShardKind.BYTES:
         return _Subject(title=title, content=shard.content(row))
     told, model = (directory.manifest.provenance.get(key) for key in ("scheme", "entropy_model"))

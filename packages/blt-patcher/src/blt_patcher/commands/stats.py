@@ -16,6 +16,7 @@ from blt_patcher.commands.results import warn_of_drift
 from blt_patcher.drift import target_patch_length
 from blt_patcher.grouped_stats import GroupedStats
 from blt_patcher.stats import QUANTILES, collect_stats, draw_histogram, provenance_rows
+from blt_patcher.viewing import printable
 
 
 @click.command(
@@ -84,7 +85,7 @@ def _grouping(by_source: bool, by_id: str | None) -> GroupedStats | None:
 def _print_groups(grouped: GroupedStats, key: str) -> None:
     rows = [
         (
-            name,
+            printable(name),
             group.documents,
             group.bytes,
             group.patches,

@@ -109,3 +109,10 @@ def _appearance(character: str) -> tuple[str, GlyphKind]:
 def code_point(character: str) -> str:
     """Return a character's number in the usual form, such as `U+0939`."""
     return f"U+{ord(character):04X}"
+
+
+def printable(text: str) -> str:
+    r"""Return a text with whatever a terminal would obey or not show as escapes such as `\x1b`: for names and ids."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )

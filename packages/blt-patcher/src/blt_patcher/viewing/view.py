@@ -80,6 +80,8 @@ class PatchView:
             raise InputError(f"{self.title}: its patches do not cover its {self.content.size} bytes; patch it again")
         if self.entropies is not None and self.entropies.shape != (tokens,):
             raise InputError(f"{self.title}: has {self.entropies.size} entropies for {tokens} tokens; score it again")
+        if self.entropies is not None and not bool(np.isfinite(self.entropies).all()):
+            raise InputError(f"{self.title}: has an entropy that is not a finite number; score it again")
         if not 0 <= self.first_byte <= self.content.size:
             raise InputError(f"{self.title}: has no byte {self.first_byte}; it has {self.content.size:,} bytes")
         if self.shown_bytes < 1:
