@@ -18,9 +18,10 @@ from tests.blt_patcher.shards import EXECUTABLE, make_bytes, make_model, tree
 
 from blt_data import ShardDirectory, ShardKind, verify_directory
 from blt_data.errors import InputError
+from blt_data.executors.local import LocalExecutor
 from blt_patcher import EntropyScheme, SpaceScheme, StaticScheme, patch_document, scheme_from_json
 from blt_patcher.entropies import EntropyScorer, load_entropy_model
-from blt_patcher.precompute import PrecomputeResult, precompute
+from blt_patcher.precompute import PrecomputeResult, Workers, precompute
 from blt_patcher.windows import framed_offsets
 
 
@@ -83,8 +84,8 @@ def test_patched_shards_hold_the_documents_and_their_patches(
         on_shard=lambda entry, early: shards.append(early),
     )
     assert (result.resumed_shards, result.missing_shards) == (0, 0)
-    tokens = source.manifest.bytes + 2 * source.manifest.documents
-    assert [sum(column) for column in zip(*told, strict=True)] == [tokens, source.manifest.documents, tokens]
+    total = source.manifest.bytes + 2 * source.manifest.documents
+    assert [sum(column) for column in zip(*told, strict=True)] == [total, source.manifest.documents, total]
     assert shards == [False] * len(source)
     assert verify_directory(tmp_path / "out") == []
     patched = ShardDirectory.open(tmp_path / "out", kind=ShardKind.PATCHED, verify=True)
@@ -201,6 +202,25 @@ def test_a_flipped_byte_in_the_input_is_found(source: ShardDirectory, tmp_path: 
     with pytest.raises(InputError, match=r"shard-00001.arrow: does not have the checksum"):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_workers_finish_the_other_shards_and_tell_of_the_bad_ones(source: ShardDirectory, tmp_path: Path) -> None:
+    for name in ("shard-00001.arrow", "shard-00002.arrow"):
+        file = source.path / name
+        data = bytearray(file.read_bytes())
+        data[data.index(b"patch ") + 2] ^= 1
+        file.write_bytes(bytes(data))
+    workers = Workers(executor=LocalExecutor(1), load_scorer=CountingScorer)
+    with pytest.raises(InputError) as caught:
+        run(source, tmp_path / "out", workers=workers)
+    sentence = str(caught.value)
+    assert sentence.count("shard-00001.arrow") == 1
+    assert "does not have the checksum" in sentence
+    assert sentence.endswith("; 1 more could not be patched; the other shards are finished and kept")
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.arrow")) == [
+        "shard-00000.arrow",
+        "shard-00003.arrow",
+    ]
 
 
 def test_two_processes_do_not_write_to_one_output(source: ShardDirectory, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ Run from the repository's root, on an otherwise idle machine:
 - *bare*: the model's forward pass alone, on full windows that lie on the device already.
 
 The text is the sample of FineWeb-Edu's form beside the checkout, or this Python's standard library. The three take
-turns, so that a change in the machine's speed hits all; figures are medians. A padded chunk takes the same time
+turns, so that a change in the machine's speed hits all; figures are medians. On a machine that is not idle
+`--clock cpu --threads 1` counts this process's own seconds. A padded chunk takes the same time
 whatever it holds, so some are timed and the time of all is counted. The last line is JSON.
 """
 
@@ -56,6 +57,7 @@ class Task:
     scorer: EntropyScorer
     source: ShardDirectory
     work: Path
+    clock: Callable[[], float]
 
     @property
     def half(self) -> bool:
@@ -100,9 +102,9 @@ def wait(device: torch.device) -> None:
 def job_seconds(task: Task) -> float:
     """Seconds of the whole job: reading and verifying shards, scoring, cutting, writing with entropies."""
     with tempfile.TemporaryDirectory(dir=task.work) as output:
-        started = time.perf_counter()
+        started = task.clock()
         precompute(task.source, output, scheme=EntropyScheme(threshold=1.3), scorer=task.scorer, keep_entropies=True)
-        return time.perf_counter() - started
+        return task.clock() - started
 
 
 def timed(task: Task, forward: Callable[[torch.Tensor], torch.Tensor], length: int) -> float:
@@ -110,11 +112,11 @@ def timed(task: Task, forward: Callable[[torch.Tensor], torch.Tensor], length: i
     tokens = torch.randint(4, 260, (length,), device=task.device)
     with torch.inference_mode(), torch.autocast(task.device.type, torch.bfloat16, enabled=task.half):
         wait(task.device)
-        started = time.perf_counter()
+        started = task.clock()
         for _ in range(TIMED):
             forward(tokens)
         wait(task.device)
-        return (time.perf_counter() - started) / TIMED
+        return (task.clock() - started) / TIMED
 
 
 def padded_forward(model: ByteLM) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="[with a GPU]")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for a machine that is not idle.")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -202,10 +205,13 @@ def main() -> None:
         precision=options.precision,
         compile=device.type == "cuda" if options.compile is None else options.compile,
     )
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     name, rows = documents(ByteSize().convert(options.text_bytes, None, None), options.text)
     with tempfile.TemporaryDirectory() as folder:
         source = byte_shards(rows, Path(folder) / "bytes", options.shards)
-        task = Task(model=model, theirs=theirs, device=device, scorer=scorer, source=source, work=Path(folder))
+        task = Task(
+            model=model, theirs=theirs, device=device, scorer=scorer, source=source, work=Path(folder), clock=clock
+        )
         seconds = measure(task, options.repeats)
     report(name, rows, task, seconds)
 
@@ -225,7 +231,8 @@ def report(name: str, rows: list[bytes], task: Task, seconds: dict[str, float]) 
     print(
         f"{name}: {len(rows)} documents, {size:,} bytes; {chunks * CHUNK / lengths.sum():.2f} tokens a token if padded"
     )
-    print(", ".join(f"{key} {value}" for key, value in task.scorer.settings.items()))
+    clock = "wall" if task.clock is time.perf_counter else "cpu"
+    print(f"{clock} clock, " + ", ".join(f"{key} {value}" for key, value in task.scorer.settings.items()))
     for side, speed in speeds.items():
         ratio = "" if side == "job" else f"   the job is {speeds['job'] / speed:.2f} times as fast"
         print(f"{side:>22}: {speed:>12,.0f} bytes/s{ratio}")
@@ -233,7 +240,7 @@ def report(name: str, rows: list[bytes], task: Task, seconds: dict[str, float]) 
     del ratios["ratio_job"]
     figures = {side.replace(", ", "_"): round(speed) for side, speed in speeds.items()}
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
-    settings = {**task.scorer.settings, "parameters": parameters, "threads": torch.get_num_threads()}
+    settings = {**task.scorer.settings, "parameters": parameters, "threads": torch.get_num_threads(), "clock": clock}
     print(
         json.dumps({"bench": "entropies", "text": name, "bytes": size, "unit": "bytes/s"} | figures | ratios | settings)
     )

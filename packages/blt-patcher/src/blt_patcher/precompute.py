@@ -184,8 +184,9 @@ def _patch_elsewhere(
         shared_directory=work,
     )
     if failures:
-        others = f", and {len(failures) - 1} more shards could not be patched" if len(failures) > 1 else ""
-        raise InputError(f"{failures[0]}{others}; what is finished is kept: mend that and run the same command again")
+        first = failures[0].message if failures[0].name in failures[0].message else str(failures[0])
+        others = f"; {len(failures) - 1} more could not be patched" if len(failures) > 1 else ""
+        raise InputError(f"{first}{others}; the other shards are finished and kept")
 
 
 def _finished(source: ShardDirectory, target: Path, indices: Iterable[int]) -> dict[int, ShardEntry]:
