@@ -22,7 +22,7 @@ _OBJECT_STORE_BYTES = 78_643_200
 
 
 class TwoNodes:
-    """Two raylets with two CPUs each, the first of them the head."""
+    """Two raylets that say to have four CPUs each, the first of them the head."""
 
     def __init__(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,10 +31,12 @@ class TwoNodes:
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 2,
+                "num_cpus": 4,
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "temp_dir": self._folder,
+                # Processes that no actor asked for would only take time.
+                "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False},
             },
         )
         self.second: Any = None
@@ -55,7 +57,7 @@ class TwoNodes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add_second(self) -> None:
-        self.second = self.cluster.add_node(num_cpus=2, object_store_memory=_OBJECT_STORE_BYTES)
+        self.second = self.cluster.add_node(num_cpus=4, object_store_memory=_OBJECT_STORE_BYTES)
 
     def kill_second(self) -> None:
         """Kill the second node as a power cut would: its raylet first, so that nothing is told."""

@@ -34,8 +34,9 @@ class RayExecutor:
     """Runs tasks in actors, one task at a time in each.
 
     Actors are created as tasks need them and may stay pending, so that a cluster that grows by itself can grow; the
-    run goes on with those that are there. A lost actor or node is replaced by a new actor. Actors end with this
-    process. The tasks' paths must be absolute: actors have a working directory of their own.
+    run goes on with those that are there. A lost actor or node is replaced by a new actor. Actors that have nothing to
+    do when a run ends are kept for the next one, until the executor is left; they end with this process at the latest.
+    The tasks' paths must be absolute: actors have a working directory of their own.
 
     Args:
         address: `auto` (the cluster of this machine, or `RAY_ADDRESS`), `local` (a new one on this machine, for this
@@ -84,6 +85,7 @@ class RayExecutor:
         self._place_timeout, self._hang_timeout = place_timeout, hang_timeout
         self._attempts, self._pause = attempts, pause
         self._connected_here = False
+        self._kept: list[Any] = []
 
     @property
     def workers(self) -> int:
@@ -109,7 +111,10 @@ class RayExecutor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Disconnect, if it was this object that connected; that ends all actors."""
+        """End all actors; disconnect, if it was this object that connected."""
+        while self._kept:
+            with suppress(Exception):  # it may be dead, or its node, or the cluster
+                self._ray.kill(self._kept.pop(), no_restart=True)
         if self._connected_here:
             self._connected_here = False
             self._ray.shutdown()
@@ -151,6 +156,7 @@ class RayExecutor:
                 name=self._name,
                 needs=self._needs,
                 greeting=greeting,
+                kept=self._kept,
                 attempts=self._attempts,
                 place_timeout=self._place_timeout,
                 hang_timeout=self._hang_timeout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import platform
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -109,8 +110,8 @@ class _State(enum.Enum):
 class _Actor:
     """An actor, as seen from the driver."""
 
-    def __init__(self, number: int, handle: Any, call: Any) -> None:
-        self.number, self.handle = number, handle
+    def __init__(self, number: int, handle: Any, call: Any, *, kept: bool) -> None:
+        self.number, self.handle, self.kept = number, handle, kept
         self.state = _State.PLACING
         self.call: Any = call
         """The call that it is working on, or None."""
@@ -133,6 +134,7 @@ class ActorPool:
         name: the job's name.
         needs: what each actor reserves.
         greeting: what each is asked first.
+        kept: actors that an earlier run of the same needs has left.
         attempts: how often in a row a place for an actor may fail until it is given up.
         place_timeout: see `RayExecutor`.
         hang_timeout: see `RayExecutor`.
@@ -147,6 +149,7 @@ class ActorPool:
         name: str,
         needs: ActorNeeds,
         greeting: Greeting,
+        kept: list[Any],
         attempts: int,
         place_timeout: float,
         hang_timeout: float,
@@ -159,7 +162,8 @@ class ActorPool:
         self._class = ray.remote(concurrency_groups={"watch": 1})(ray_worker.RayWorker)
         self._setup = ray.put(setup)
         self._actors: dict[int, _Actor] = {}
-        self._created = self._handed_out = 0
+        self.kept = kept
+        self._handed_out = 0
         self._nobody_since: float | None = None
 
     def __enter__(self) -> Self:
@@ -168,8 +172,15 @@ class ActorPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Keep the actors that have nothing to do for another run, in `kept`; end the others, after an error all."""
         for actor in list(self._actors.values()):
-            self._end(actor)
+            if kind is None and actor.state is _State.IDLE:
+                self.kept.append(actor.handle)
+            else:
+                self._end(actor)
+        if kind is not None:
+            while self.kept:
+                self._kill(self.kept.pop())
 
     def run(self, load_task: Callable[[int], bytes], schedule: Schedule[Any]) -> None:
         """Run until no task is unfinished.
@@ -209,21 +220,24 @@ class ActorPool:
             for actor in placing[-surplus:]:
                 self._end(actor)
         for number in self._slots.free(set(self._actors))[: max(0, -surplus)]:
-            self._created += 1
-            handle = self._class.options(
-                name=f"{self._name} {self._created}",
-                num_cpus=self._needs.num_cpus,
-                num_gpus=self._needs.num_gpus,
-                memory=self._needs.memory,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy="SPREAD",
-            ).remote()
+            kept = bool(self.kept)
+            handle = self.kept.pop() if kept else self._new_handle()
             greeting = self._greeting
             call = handle.greet.remote(
                 list(greeting.packages), greeting.token, greeting.content, dict(greeting.environment)
             )
-            self._actors[number] = _Actor(number, handle, call)
+            self._actors[number] = _Actor(number, handle, call, kept=kept)
+
+    def _new_handle(self) -> Any:
+        return self._class.options(
+            name=f"{self._name} {secrets.token_hex(3)}",
+            num_cpus=self._needs.num_cpus,
+            num_gpus=self._needs.num_gpus,
+            memory=self._needs.memory,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        ).remote()
 
     def _ask(self, actor: _Actor) -> None:
         busy = sum(other.state is _State.BUSY for other in self._actors.values())
@@ -314,13 +328,16 @@ class ActorPool:
         self._end(actor)
         if actor.state is _State.BUSY:
             schedule.fail(actor.task, how, again=True, now=time.monotonic())
-        else:
+        elif not actor.kept:
             self._slots.false_start(actor.number, how)
 
     def _end(self, actor: _Actor) -> None:
         del self._actors[actor.number]
+        self._kill(actor.handle)
+
+    def _kill(self, handle: Any) -> None:
         with suppress(Exception):  # it may be dead, or its node, or the cluster
-            self._ray.kill(actor.handle, no_restart=True)
+            self._ray.kill(handle, no_restart=True)
 
     def _check_places(self, now: float) -> None:
         """Check that there is at least one worker, or has been within the timeout.

@@ -6,6 +6,7 @@ there; it must import nothing of ours before that is known, and nothing of Ray.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import socket
@@ -53,6 +54,9 @@ class RayWorker:
         from blt_data.executors.attempt import Problem
         from blt_data.executors.channel import deserialise
 
+        # What an earlier run has left, perhaps a model.
+        self._function = self._current = None
+        gc.collect()
         try:
             self._function = deserialise(setup)()
         except BaseException as error:  # whatever it is, the driver tells it
