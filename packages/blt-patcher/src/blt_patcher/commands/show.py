@@ -212,7 +212,8 @@ def _write_figures(view: PatchView, html: Path | None, svg: Path | None, png: Pa
         lead = (
             "Each column is a byte, each band a patch with its length in tokens above it. Point at a byte to read more."
         )
-        write_page(html, html_page(f"Patches of {view.title}", lead, view.figures(), [Section(drawings=[drawing])]))
+        figures = {name: value for name, value in view.figures().items() if name != "document"}
+        write_page(html, html_page(f"Patches of {view.title}", lead, figures, [Section(drawings=[drawing])]))
 
 
 def _read(file: Path) -> bytes:
