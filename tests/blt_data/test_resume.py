@@ -37,6 +37,20 @@ def test_killed_at_every_third_step(tmp_path: Path) -> None:
     assert int(done.stdout) > 60
 
 
+@pytest.mark.parametrize(("kills", "options"), [("4", []), ("12", ["--in-process"])])
+def test_killed_at_random_instants(kills: str, options: list[str]) -> None:
+    """A few of the 200 kills that the tool does when it is run by hand."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tools.kill_prepare", "--kills", kills, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{kills} kills, all resumed to" in done.stdout
+
+
 @pytest.fixture
 def large_source(tmp_path: Path) -> Path:
     source = tmp_path / "in"
