@@ -20,14 +20,14 @@ def prepare_command(source: Path, output: Path, *options: str) -> list[str]:
     return [*BLT_DATA, "prepare", "--source", str(source), "--output", str(output), *options]
 
 
-def test_killed_at_every_third_step(tmp_path: Path) -> None:
+def test_killed_at_every_seventh_step(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     write_parquet(source / "a.parquet", ["a" * 300, "b" * 300, "c" * 20], group=1)
     (source / "b.jsonl").write_bytes(json_lines(["d" * 500, "e", "c" * 20, "f" * 90]))
     script = Path(__file__).with_name("killing.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", str(script), str(source), str(tmp_path), "3"],
+        [sys.executable, "-W", "ignore::DeprecationWarning", str(script), str(source), str(tmp_path), "7"],
         capture_output=True,
         text=True,
         check=False,
