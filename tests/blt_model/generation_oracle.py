@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -118,8 +119,24 @@ class Recorder:
 
 
 @torch.no_grad()
+def document_entropies(model: ByteLM, framed: npt.NDArray[np.uint16], context_start: int | None) -> list[float]:
+    """Entropies after every token, contexts that begin inside the document being run as documents of their own."""
+    cuts = [] if context_start is None else np.flatnonzero(framed == context_start).tolist()
+    pieces = np.split(framed, cuts)
+    values: list[float] = []
+    for piece in pieces:
+        values += next_byte_entropy(model(pack_documents([np.append(piece, 0)])[0])).tolist()
+    return values
+
+
+@torch.no_grad()
 def document_logits(
-    model: BLT | ByteLM, content: bytes, record: RecordingPatcher | None, entropy_model: ByteLM | None, ties: Ties
+    model: BLT | ByteLM,
+    content: bytes,
+    record: RecordingPatcher | None,
+    entropy_model: ByteLM | None,
+    ties: Ties,
+    context_start: int | None = None,
 ) -> Tensor:
     """Logits [bytes + 1, V] of a whole document.
 
@@ -134,7 +151,7 @@ def document_logits(
     assert record is not None
     entropies = [math.nan] * len(framed)
     if entropy_model is not None:
-        exact = next_byte_entropy(entropy_model(pack_documents([np.append(framed, 0)])[0])).tolist()
+        exact = document_entropies(entropy_model, framed, context_start)
         entropies = list(exact)
         for place, (ours, theirs) in enumerate(zip(record.entropies, exact, strict=False)):
             assert abs(ours - theirs) < TOLERANCE
@@ -164,10 +181,11 @@ def check_completion(
     *,
     greedy: bool = True,
     tolerance: float = TOLERANCE,
+    context_start: int | None = None,
 ) -> None:
     """Hold one completion to the whole document: bytes, log-probabilities and counts."""
     content = prompt + completion.content
-    logits = document_logits(model, content, record, entropy_model, ties)[len(prompt) :]
+    logits = document_logits(model, content, record, entropy_model, ties, context_start)[len(prompt) :]
     exact = torch.log_softmax(logits.double(), -1)
     targets = [byte + 4 for byte in completion.content]
     ours = list(completion.log_probabilities)

@@ -87,6 +87,7 @@ def run(
     new_bytes: int = 20,
     sampling: SamplingOptions | None = None,
     tolerance: float = 1e-5,
+    context_start: int | None = None,
 ) -> tuple[list[Completion], Ties]:
     """Generate in a batch and hold every text to its whole document."""
     recorder = None if scheme is None else Recorder(scheme)
@@ -98,14 +99,25 @@ def run(
         Request(prompt=prompt, max_new_bytes=new_bytes, sampling=option)
         for prompt, option in zip(prompts, options, strict=True)
     ]
-    done = Generator(model, new_patcher=recorder, entropy_model=entropy_model, rows=rows).generate(requests)
+    generator = Generator(
+        model, new_patcher=recorder, entropy_model=entropy_model, context_start=context_start, rows=rows
+    )
+    done = generator.generate(requests)
     ties = Ties()
     for prompt, completion in zip(prompts, done, strict=True):
         record = None
         if recorder is not None:
             record = recorder.of([1, *(byte + 4 for byte in prompt + completion.content)])
         check_completion(
-            model, prompt, completion, record, entropy_model, ties, greedy=sampling is None, tolerance=tolerance
+            model,
+            prompt,
+            completion,
+            record,
+            entropy_model,
+            ties,
+            greedy=sampling is None,
+            tolerance=tolerance,
+            context_start=context_start,
         )
     sys.stderr.write(f"{ties.report()}\n")
     # Rounding differs by 1e-6 where float16 values lie 1e-3 apart: rare, or it is no rounding.
@@ -141,6 +153,21 @@ def test_every_prompt_length(length: int, seed: int) -> None:
     model, entropy_model = fresh_blt(seed), fresh_byte_lm(seed + 1)
     scheme = scheme_of("entropy", middle_entropy(entropy_model, rng), None)
     run(model, prompts_of(rng, [length]), scheme, entropy_model, rows=1, new_bytes=10)
+
+
+def test_contexts_that_start_at_new_lines(seed: int) -> None:
+    """The entropy model forgets at every newline, in prompts and in what is generated, and the BLT does not."""
+    rng = random.Random(seed)
+    model, entropy_model = fresh_blt(seed), fresh_byte_lm(seed + 1)
+    with torch.no_grad():
+        # Newlines come often.
+        model.decoder.head.weight[ord("\n") + 4] = model.decoder.head.weight[[80, 90, 100]].sum(0)
+    scheme = scheme_of("entropy", middle_entropy(entropy_model, rng), 9)
+    prompts = [bytes(rng.choices(b"ab \n", k=length)) for length in (1, 4, 9, 30, 50)] + [b"\n", b"abc\n", b""]
+    sampling = SamplingOptions(temperature=1.0)
+    options: dict[str, Any] = {"sampling": sampling, "context_start": ord("\n") + 4, "new_bytes": 40}
+    done, _ = run(model, prompts, scheme, entropy_model, rows=3, **options)
+    assert any(b"\n" in completion.content for completion in done)
 
 
 def test_float64_leaves_nothing_to_rounding(seed: int) -> None:

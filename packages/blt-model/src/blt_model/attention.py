@@ -13,6 +13,7 @@ Legend: T query tokens, C carried tokens, H query heads, G key and value heads, 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import logging
@@ -26,8 +27,12 @@ from torch import Tensor
 
 from blt_model.errors import ModelError
 from blt_model.packed import segment_of
+from blt_model.span_attention import Spans, attend_spans, plan_spans
 
 log = logging.getLogger(__name__)
+
+TINY_DOCUMENT = 64
+"""Mean tokens of a document below which documents are gathered into rectangles."""
 
 _VARLEN_OPTIONS: frozenset[str] = frozenset()
 # The import loads torch's compiler, which takes seconds, so it happens only where there is a device that can use it.
@@ -82,6 +87,8 @@ class AttentionPlan:
     """sdpa without window: int64, the token at every place of the rectangles, end to end."""
     scatter: Tensor | None = None
     """sdpa without window: int64 [T], the place of every token."""
+    spans: Spans | None = None
+    """sdpa on the CPU with nothing carried: the documents, each attended where it lies."""
 
 
 def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
@@ -151,6 +158,11 @@ def plan_attention(
     plan = AttentionPlan(backend, window, offsets, key_offsets, max_length, carried)
     if backend == AttentionBackend.VARLEN:
         return plan
+    if offsets.device.type == "cpu" and not carried:
+        host = offsets.tolist()
+        # A call for every document costs more than gathering where they are tiny.
+        if window is not None or num_tokens >= TINY_DOCUMENT * len(set(host[1:])):
+            return dataclasses.replace(plan, spans=plan_spans(host, window))
     if window is None:
         return _plan_rectangles(plan, num_tokens)
     return _plan_blocks(plan, num_tokens, window)
@@ -237,7 +249,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """
     if plan.backend == AttentionBackend.VARLEN:
         return _attend_varlen(query, key, value, plan)
-    if plan.mask is not None and query.device.type == "cpu" and query.dtype != torch.float32:
+    if plan.spans is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return attend_spans(query.to(wide), key.to(wide), value.to(wide), plan.spans).to(query.dtype)
+    if plan.mask is not None and query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
         # Torch's CPU kernel takes twice the time of float32 for its masked backward in half precision.
         with torch.autocast("cpu", enabled=False):
             wide = torch.promote_types(query.dtype, torch.float32)

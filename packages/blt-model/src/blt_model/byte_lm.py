@@ -25,7 +25,6 @@ from blt_model.layers import (
     compute_dtype,
     document_positions,
     make_layout,
-    rotary_tables,
 )
 from blt_model.packed import PackedBatch, segment_of
 from blt_model.vocabulary import VOCABULARY_SIZE
@@ -210,7 +209,7 @@ class ByteLM(nn.Module):
         )
         continued = torch.where(segment_of(offsets, length) == 0, state.position, 0)
         positions = document_positions(offsets, length) + continued
-        return SequenceLayout(plan, *rotary_tables(positions, trunk.head_dim, trunk.rope_theta))
+        return SequenceLayout.make(plan, positions, trunk)
 
 
 def next_byte_entropy(logits: Tensor) -> Tensor:

@@ -183,22 +183,22 @@ class AttentionCache:
 class CacheFiller:
     """Takes the keys and values of texts that a packed forward has run, the last of a window where there is one."""
 
-    def __init__(self, cache: AttentionCache, first_row: int, offsets: Ints) -> None:
+    def __init__(self, cache: AttentionCache, first_row: int, starts: Ints, lengths: Ints) -> None:
         """Plan the copies.
 
         Args:
             cache: to fill.
             first_row: the row of the first text; the others follow it.
-            offsets: int64 [texts + 1] of the texts among the packed positions.
+            starts: int64 [texts] where each begins among the packed positions.
+            lengths: int64 [texts] positions of each, at least 1.
         """
-        self._cache, self._rows = cache, slice(first_row, first_row + len(offsets) - 1)
-        lengths = np.diff(offsets)
+        self._cache, self._rows = cache, slice(first_row, first_row + len(lengths))
         cache.reserve(int(lengths.max()))
         self._held = held = int(min(lengths.max(), cache.capacity))
         places = np.arange(held)
         # The newest position that lies at each place; a place that holds none takes any, since nobody reads it.
         newest = lengths[:, None] - 1 - (lengths[:, None] - 1 - places) % cache.capacity
-        index = offsets[:-1, None] + np.maximum(newest, 0)
+        index = starts[:, None] + np.maximum(newest, 0)
         self._index = torch.from_numpy(index).to(cache.keys.device)
 
     def take(self, layer: int, key: Tensor, value: Tensor) -> None:

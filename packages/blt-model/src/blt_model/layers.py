@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
 
 from blt_model.attention import AttentionBackend, AttentionPlan, attend, plan_attention, resolve_backend
 from blt_model.config import TransformerConfig
+from blt_model.fused import rms_norm, swiglu
 from blt_model.packed import segment_of
+from blt_model.span_attention import turn_and_attend
 from blt_model.weightless import Linear
 
 
@@ -31,6 +32,20 @@ class SequenceLayout:
     """float32 [T, 1, E / 2]."""
     sine: Tensor
     """float32 [T, 1, E / 2]."""
+    phases: Tensor | None = None
+    """complex64 [T, 1, E / 2], both in one; there where the plan has spans."""
+
+    @classmethod
+    def make(cls, plan: AttentionPlan, positions: Tensor, config: TransformerConfig) -> SequenceLayout:
+        """The layout of a stack.
+
+        Args:
+            plan: of its attention.
+            positions: int64 [T] in the document.
+            config: of the stack.
+        """
+        cosine, sine = rotary_tables(positions, config.head_dim, config.rope_theta)
+        return cls(plan, cosine, sine, None if plan.spans is None else torch.complex(cosine, sine))
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -97,8 +112,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., dim] over its last dimension; the result has the dtype of x."""
-        # The fused kernels take one dtype only; they compute in float32 within.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -123,8 +137,14 @@ class SelfAttention(nn.Module):
         Returns:
             The output [T, dim], and all keys and values [C + T, G, E], the carried ones first.
         """
-        heads: Tensor = self.query_key_value(x)
-        heads = heads.view(len(x), -1, self.head_dim)
+        flat: Tensor = self.query_key_value(x)
+        sizes = [self.num_heads, self.kv_heads, self.kv_heads]
+        if layout.phases is not None and layout.plan.spans is not None:
+            wide = torch.promote_types(flat.dtype, torch.float32)
+            mixed, flat = turn_and_attend(flat.to(wide), layout.phases, self.kv_heads, layout.plan.spans)
+            _, key, value = flat.to(x.dtype).view(len(x), -1, self.head_dim).split(sizes, dim=1)
+            return self.output(mixed.to(x.dtype).flatten(1)), key, value
+        heads = flat.view(len(x), -1, self.head_dim)
         turning, value = torch.split(heads, [self.num_heads + self.kv_heads, self.kv_heads], dim=1)
         turned = rotate(turning, layout.cosine, layout.sine)
         query, key = torch.split(turned, [self.num_heads, self.kv_heads], dim=1)
@@ -144,8 +164,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, dim] to [T, dim]."""
-        gate, value = self.gate_value(x).chunk(2, dim=-1)
-        result: Tensor = self.output(F.silu(gate) * value)
+        result: Tensor = self.output(swiglu(self.gate_value(x)))
         return result
 
 
@@ -200,5 +219,4 @@ def make_layout(
         backend=resolve_backend(backend, x.device, compute_dtype(x)),
         max_length=max_length,
     )
-    positions = document_positions(offsets, length)
-    return SequenceLayout(plan, *rotary_tables(positions, config.head_dim, config.rope_theta))
+    return SequenceLayout.make(plan, document_positions(offsets, length), config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,51 +12,78 @@ from torch import Tensor
 
 from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
-from blt_model.generation.prefill import PackedTexts, prefill_byte_lm
-from blt_model.generation.steps import Norm, block_steps
+from blt_model.generation.prefill import PackedTexts
+from blt_model.generation.steps import block_steps
 
 Ints = npt.NDArray[np.int64]
 
 
 class ByteLMSteps:
-    """The model's cache and its step."""
+    """The model's cache, its positions and its step."""
 
-    def __init__(self, model: ByteLM, rows: int) -> None:
+    def __init__(self, model: ByteLM, rows: int, *, context_start: int | None = None) -> None:
         """Make room.
 
         Args:
             model: whose weights are used as they lie.
             rows: texts at once.
+            context_start: the token that begins a context of its own, as every text does; None for none.
         """
         weight = model.embedding.weight
-        self.model = model
+        self.model, self.context_start = model, context_start
         self.cache = AttentionCache(model.config.transformer, rows, dtype=weight.dtype, device=weight.device)
-        self._embedding, self._head = weight, model.head.weight
-        self._blocks, self._norm = block_steps(model.blocks), Norm.of(model.norm)
+        self.positions: Ints = np.zeros(rows, dtype=np.int64)
+        """int64 [rows] of the next token in its context, unless that token begins one."""
+        self._embedding = weight
+        self._blocks = block_steps(model.blocks)
 
-    def admit(self, first_row: int, texts: PackedTexts) -> Tensor:
-        """Begin rows with texts, the first in first_row.
+    def filler(self, first_row: int, texts: PackedTexts) -> CacheFiller:
+        """What takes the keys and values of texts (the first in first_row) as they are run; sets their positions."""
+        contexts = texts.contexts(self.context_start)
+        last = np.searchsorted(contexts.starts, texts.ends, side="left") - 1
+        lengths = contexts.lengths[last]
+        self.positions[first_row : first_row + len(lengths)] = lengths
+        return CacheFiller(self.cache, first_row, contexts.starts[last], lengths)
 
-        Returns:
-            [T, dim] states, from which `byte_lm_logits` makes logits.
-        """
-        filler = CacheFiller(self.cache, first_row, texts.host_offsets)
-        return prefill_byte_lm(self.model, texts, filler)
+    def plan(self, tokens: Tensor) -> AttentionStep:
+        """Plan the step of a token of each of the first n rows, int64 [n], from positions on the host."""
+        positions = self.positions[: len(tokens)]
+        if self.context_start is not None:
+            positions = np.where(tokens.numpy(force=True) == self.context_start, 0, positions)
+        return self.cache.plan(positions)
+
+    def plan_static(self, tokens: Tensor, positions: Tensor) -> AttentionStep:
+        """Plan the same from positions on the device, int64 [n]."""
+        if self.context_start is not None:
+            positions = torch.where(tokens == self.context_start, 0, positions)
+        return self.cache.plan_static(positions, None, self.cache.capacity)
 
     def step(self, tokens: Tensor, step: AttentionStep) -> Tensor:
         """Run one token of each of the first n rows.
 
         Args:
             tokens: int64 [n].
-            step: planned on this object's cache.
+            step: the plan.
 
         Returns:
-            Logits [n, V].
+            [n, dim] the trunk's output.
         """
         x = F.embedding(tokens, self._embedding)
         for layer, block in enumerate(self._blocks):
             x = block(x, self.cache, layer, step)
-        return F.linear(self._norm(x), self._head)
+        return x
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Count a token of each of the first n rows, now that the host knows them."""
+        positions = self.positions[: len(tokens)]
+        if self.context_start is not None:
+            positions[np.array(tokens) == self.context_start] = 0
+        positions += 1
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Copy a row over another."""
+        self.cache.copy_row(source, target, int(self.positions[source]))
+        self.positions[target] = self.positions[source]
 
 
 class StepNumbers:

@@ -100,6 +100,7 @@ class Generator:
         *,
         new_patcher: NewPatcher | None = None,
         entropy_model: ByteLM | None = None,
+        context_start: int | None = None,
         rows: int = 1,
         prefill_tokens: int = 65_536,
         graphs: bool = True,
@@ -110,6 +111,8 @@ class Generator:
             model: what predicts; its weights are used as they lie, in their dtype.
             new_patcher: makes the patcher of one text; needed for a BLT, not read for a ByteLM.
             entropy_model: gives patchers their entropies; None for schemes that need none.
+            context_start: the token that begins a context of the entropy model's own, for models whose training data
+                was scored so (the id of the newline byte); None for none.
             rows: texts at once.
             prefill_tokens: prompts that begin together hold at most so many tokens, unless one alone holds more.
             graphs: replay CUDA graphs where the model is on CUDA.
@@ -119,8 +122,21 @@ class Generator:
         """
         if rows < 1:
             raise ModelError(f"rows is {rows}; give at least 1.")
-        self._session = _open_session(model, new_patcher, entropy_model, rows, graphs)
-        self._scorer = PackedScorer(model, new_patcher, entropy_model, prefill_tokens)
+        self._session: Session
+        if isinstance(model, ByteLM):
+            self._session = ByteLMSession(model, rows, graphs=graphs)
+        elif new_patcher is None:
+            raise ModelError("a blt generates patch by patch; give new_patcher, the patch scheme of its training.")
+        else:
+            self._session = BLTSession(
+                model,
+                rows,
+                new_patcher=new_patcher,
+                entropy_model=entropy_model,
+                context_start=context_start,
+                graphs=graphs,
+            )
+        self._scorer = PackedScorer(model, new_patcher, entropy_model, context_start, prefill_tokens)
         self._prefill_tokens = prefill_tokens
         device = self._session.device
         self._sampler = Sampler(rows, device)
@@ -273,16 +289,6 @@ class _Waiting:
             if len(taken) == count:
                 break
         return taken
-
-
-def _open_session(
-    model: BLT | ByteLM, new_patcher: NewPatcher | None, entropy_model: ByteLM | None, rows: int, graphs: bool
-) -> Session:
-    if isinstance(model, ByteLM):
-        return ByteLMSession(model, rows, graphs=graphs)
-    if new_patcher is None:
-        raise ModelError("a blt generates patch by patch; give new_patcher, the patch scheme of its training.")
-    return BLTSession(model, rows, new_patcher=new_patcher, entropy_model=entropy_model, graphs=graphs)
 
 
 def _read(

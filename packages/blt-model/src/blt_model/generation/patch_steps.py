@@ -153,15 +153,15 @@ class BLTFiller:
             patches: theirs.
         """
         self._steps, self._first_row, self._texts, self._patches = steps, first_row, texts, patches
-        self.encoder: Filler = CacheFiller(caches[0], first_row, texts.host_offsets)
-        self.decoder: Filler = CacheFiller(caches[1], first_row, texts.host_offsets)
-        self.latent: Filler = CacheFiller(steps.latent, first_row, offsets_of(patches.complete_counts))
+        self.encoder: Filler = CacheFiller(caches[0], first_row, texts.starts, texts.lengths)
+        self.decoder: Filler = CacheFiller(caches[1], first_row, texts.starts, texts.lengths)
+        counts = patches.complete_counts
+        self.latent: Filler = CacheFiller(steps.latent, first_row, offsets_of(counts)[:-1], counts)
         steps.reserve_open(int(patches.open_lengths.max()) + 1)
 
     def take_open_bytes(self, layer: int, states: Tensor) -> None:
         """Take the byte states [T, dim] after a layer with cross-attention."""
-        ends = self._texts.host_offsets[1:]
-        for text, (end, length) in enumerate(zip(ends, self._patches.open_lengths, strict=True)):
+        for text, (end, length) in enumerate(zip(self._texts.ends, self._patches.open_lengths, strict=True)):
             self._steps.open_bytes[layer, self._first_row + text, :length] = states[end - length : end]
 
     def take_latents(self, latents: Tensor) -> None:

@@ -58,26 +58,37 @@ class PackedTexts:
 
     tokens: Tensor
     """int64 [T] each text BOS first."""
+    host_tokens: Ints
+    """int64 [T] the same on the host."""
     lengths: Ints
     """int64 [R], each at least 1."""
-    host_offsets: Ints
-    """int64 [R + 1] where each begins."""
     offsets: Tensor
-    """int32 [R + 1] the same on the device."""
+    """int32 [R + 1] where each begins."""
 
     @classmethod
     def pack(cls, texts: Sequence[Sequence[int]], device: torch.device) -> PackedTexts:
         """Lay token ids end to end on a device."""
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         tokens = np.fromiter(itertools.chain.from_iterable(texts), dtype=np.int64, count=int(lengths.sum()))
-        offsets = offsets_of(lengths)
-        on_device = torch.from_numpy(offsets.astype(np.int32)).to(device)
-        return cls(torch.from_numpy(tokens).to(device), lengths, offsets, on_device)
+        return cls(torch.from_numpy(tokens).to(device), tokens, lengths, _device_offsets(lengths, device))
+
+    def contexts(self, start_id: int | None) -> PackedTexts:
+        """The same tokens, cut also before every token that begins a context of its own; None cuts nowhere else."""
+        if start_id is None:
+            return self
+        starts = np.union1d(self.starts, np.flatnonzero(self.host_tokens == start_id))
+        lengths = np.diff(starts, append=len(self.host_tokens))
+        return PackedTexts(self.tokens, self.host_tokens, lengths, _device_offsets(lengths, self.tokens.device))
 
     @property
-    def last(self) -> Ints:
-        """int64 [R] the places of the texts' last tokens."""
-        return self.host_offsets[1:] - 1
+    def starts(self) -> Ints:
+        """int64 [R] the places of the texts' first tokens."""
+        return offsets_of(self.lengths)[:-1]
+
+    @property
+    def ends(self) -> Ints:
+        """int64 [R] the places after the texts' last tokens."""
+        return np.cumsum(self.lengths)
 
     def layout(self, config: TransformerConfig, x: Tensor, backend: str) -> SequenceLayout:
         """The layout of a stack over the tokens."""
@@ -121,6 +132,10 @@ def offsets_of(lengths: Ints) -> Ints:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
 
 
+def _device_offsets(lengths: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(offsets_of(lengths).astype(np.int32)).to(device)
+
+
 def run_stack(blocks: Iterable[object], x: Tensor, layout: SequenceLayout, filler: Filler | None) -> Tensor:
     """Run a stack of blocks over packed positions, handing on keys and values."""
     for layer, block in enumerate(blocks):
@@ -146,21 +161,23 @@ def prefill_byte_lm(model: ByteLM, texts: PackedTexts, filler: Filler | None) ->
         filler: takes keys and values.
 
     Returns:
-        [T, dim] states, from which `byte_lm_logits` makes logits.
+        [T, dim] the trunk's output.
     """
     x: Tensor = model.embedding(texts.tokens)
     return run_stack(model.blocks, x, texts.layout(model.config.transformer, x, str(model.attention_backend)), filler)
 
 
-def byte_lm_logits(model: ByteLM, states: Tensor) -> Tensor:
-    """Logits [..., V] of states [..., dim]."""
-    logits: Tensor = model.head(model.norm(states))
-    return logits
+def entropies_of(model: ByteLM, texts: PackedTexts, context_start: int | None, filler: Filler | None) -> list[float]:
+    """Entropies in nats after every token, with the head in float32.
 
-
-def entropies_of(model: ByteLM, states: Tensor) -> list[float]:
-    """Entropies in nats after every token, from the states [T, dim] that `prefill_byte_lm` gave."""
-    pieces = [next_byte_entropy(byte_lm_logits(model, piece)) for piece in torch.split(states, ENTROPY_TOKENS)]
+    Args:
+        model: on the texts' device.
+        texts: R of them.
+        context_start: the token that begins a context of its own, as every text does; None for none.
+        filler: takes keys and values.
+    """
+    states = prefill_byte_lm(model, texts.contexts(context_start), filler)
+    pieces = [next_byte_entropy(model.wide_logits(piece)) for piece in torch.split(states, ENTROPY_TOKENS)]
     values: list[float] = torch.cat(pieces).tolist()
     return values
 
@@ -184,7 +201,7 @@ def prefill_blt(model: BLT, texts: PackedTexts, patches: TextPatches, wanted: In
     x = model.encoder.embed(texts.tokens, positions)
     layout = texts.layout(model.config.encoder, x, backend)
     x, vectors = _encode(model, x, layout, patches, sink)
-    counts = torch.from_numpy(offsets_of(patches.complete_counts).astype(np.int32)).to(device)
+    counts = _device_offsets(patches.complete_counts, device)
     kept = vectors.flatten(1)[torch.from_numpy(patches.complete).to(device)]
     latents = kept if model.latent.projection is None else model.latent.projection(kept)
     longest = int(patches.complete_counts.max())

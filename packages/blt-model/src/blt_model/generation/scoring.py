@@ -24,7 +24,6 @@ from blt_model.generation.patching import NewPatcher, push_all
 from blt_model.generation.prefill import (
     PackedTexts,
     TextPatches,
-    byte_lm_logits,
     entropies_of,
     prefill_blt,
     prefill_byte_lm,
@@ -81,6 +80,8 @@ class PackedScorer:
     model: BLT | ByteLM
     new_patcher: NewPatcher | None
     entropy_model: ByteLM | None
+    context_start: int | None
+    """The token that begins a context of the entropy model's own; None for none."""
     max_tokens: int
     """Tokens of a forward, unless one text alone holds more."""
 
@@ -102,7 +103,7 @@ class PackedScorer:
         device = next(self.model.parameters()).device
         texts = PackedTexts.pack([item.inputs for item in items], device)
         wanted = np.concatenate(
-            [np.arange(end - len(item.targets), end) for item, end in zip(items, texts.host_offsets[1:], strict=True)]
+            [np.arange(end - len(item.targets), end) for item, end in zip(items, texts.ends, strict=True)]
         )
         logits = self._logits(texts, [item.inputs for item in items], wanted)
         targets = torch.tensor([target for item in items for target in item.targets], device=device)
@@ -116,15 +117,16 @@ class PackedScorer:
     def _logits(self, texts: PackedTexts, tokens: Sequence[Sequence[int]], wanted: Ints) -> Tensor:
         if isinstance(self.model, ByteLM):
             states = prefill_byte_lm(self.model, texts, None)
-            return byte_lm_logits(self.model, states[torch.from_numpy(wanted).to(states.device)])
+            logits: Tensor = self.model.head(self.model.norm(states[torch.from_numpy(wanted).to(states.device)]))
+            return logits
         if self.new_patcher is None:
             raise ModelError("a blt reads patch by patch; give new_patcher, the patch scheme of its training.")
         entropies = [math.nan] * len(texts.tokens)
         if self.entropy_model is not None:
-            entropies = entropies_of(self.entropy_model, prefill_byte_lm(self.entropy_model, texts, None))
+            entropies = entropies_of(self.entropy_model, texts, self.context_start, None)
         starts = [
             push_all(self.new_patcher(), text, entropies[begin : begin + len(text)])
-            for text, begin in zip(tokens, texts.host_offsets, strict=False)
+            for text, begin in zip(tokens, texts.starts, strict=True)
         ]
         return prefill_blt(self.model, texts, TextPatches.of(starts), wanted, None)
 

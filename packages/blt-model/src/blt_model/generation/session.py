@@ -31,7 +31,7 @@ from blt_model.generation.byte_lm_steps import ByteLMSteps, StepNumbers
 from blt_model.generation.graphs import GraphRunner, bucket
 from blt_model.generation.patch_steps import BLTFiller, PatchSteps
 from blt_model.generation.patching import NewPatcher, NextPatch, push_all
-from blt_model.generation.prefill import PackedTexts, TextPatches, byte_lm_logits, entropies_of, prefill_blt
+from blt_model.generation.prefill import PackedTexts, TextPatches, entropies_of, prefill_blt, prefill_byte_lm
 from blt_model.generation.steps import HashHistory, Norm, block_steps
 from blt_model.vocabulary import VOCABULARY_SIZE
 
@@ -85,39 +85,40 @@ class ByteLMSession:
         self._runner = GraphRunner(self.device, enabled=graphs)
         self._numbers = StepNumbers(1, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._positions = np.zeros(rows, dtype=np.int64)
+        self._head, self._norm = model.head.weight, Norm.of(model.norm)
         self._logits = torch.zeros(rows, VOCABULARY_SIZE, dtype=model.embedding.weight.dtype, device=self.device)
 
     def admit(self, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
         """See `Session`."""
         packed = PackedTexts.pack(texts, self.device)
-        states = self._steps.admit(first_row, packed)
-        self._positions[first_row : first_row + len(texts)] = packed.lengths
-        return byte_lm_logits(self._steps.model, states[torch.from_numpy(packed.last).to(self.device)])
+        states = prefill_byte_lm(self._steps.model, packed, self._steps.filler(first_row, packed))
+        return self._head_of(states[torch.from_numpy(packed.ends - 1).to(self.device)])
+
+    def _head_of(self, states: Tensor) -> Tensor:
+        return F.linear(self._norm(states), self._head)
 
     def encode(self, tokens: Tensor) -> None:
         """See `Session`."""
         count = len(tokens)
-        positions = self._positions[:count]
-        if self._steps.cache.rotary.reserve(int(positions.max()) + 1):
+        if self._steps.cache.reserve(int(self._steps.positions[:count].max()) + 1):
             self._runner.clear()
         if not self._runner.enabled:
-            self._logits[:count] = self._steps.step(tokens, self._steps.cache.plan(positions))
+            self._logits[:count] = self._head_of(self._steps.step(tokens, self._steps.plan(tokens)))
         else:
             size = bucket(count, self.rows)
             self._tokens[:count] = tokens
-            self._numbers.host[0] = self._positions
+            self._numbers.host[0] = self._steps.positions
             self._numbers.upload()
             self._runner.run(size, lambda: self._static(size))
-        positions += 1
 
     def _static(self, size: int) -> None:
-        cache = self._steps.cache
-        plan = cache.plan_static(self._numbers.device[0, :size], None, cache.capacity)
-        self._logits[:size] = self._steps.step(self._tokens[:size], plan)
+        tokens = self._tokens[:size]
+        plan = self._steps.plan_static(tokens, self._numbers.device[0, :size])
+        self._logits[:size] = self._head_of(self._steps.step(tokens, plan))
 
     def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
         """See `Session`."""
+        self._steps.advance(tokens)
         return self._logits[: len(tokens)]
 
     def move_row(self, source: int, target: int) -> None:
@@ -126,8 +127,7 @@ class ByteLMSession:
 
     def fork_row(self, source: int, target: int) -> None:
         """See `Session`."""
-        self._steps.cache.copy_row(source, target, int(self._positions[source]))
-        self._positions[target] = self._positions[source]
+        self._steps.copy_row(source, target)
 
     def patches(self, row: int) -> int:
         """See `Session`; a ByteLM has no patches."""
@@ -138,7 +138,14 @@ class BLTSession:
     """Texts of a BLT."""
 
     def __init__(
-        self, model: BLT, rows: int, *, new_patcher: NewPatcher, entropy_model: ByteLM | None, graphs: bool = True
+        self,
+        model: BLT,
+        rows: int,
+        *,
+        new_patcher: NewPatcher,
+        entropy_model: ByteLM | None,
+        context_start: int | None = None,
+        graphs: bool = True,
     ) -> None:
         """Make room.
 
@@ -147,12 +154,15 @@ class BLTSession:
             rows: texts at once.
             new_patcher: makes a patcher for one text.
             entropy_model: gives the patchers their entropies, on the model's device; None where they need none.
+            context_start: the token that begins a context of the entropy model's own; None for none.
             graphs: replay CUDA graphs where the model is on CUDA.
         """
         config, weight = model.config, model.encoder.embedding.weight
         self.rows, self.device = rows, weight.device
         self._model, self._new_patcher = model, new_patcher
-        self._entropy_steps = None if entropy_model is None else ByteLMSteps(entropy_model, rows)
+        self._entropy_steps = None
+        if entropy_model is not None:
+            self._entropy_steps = ByteLMSteps(entropy_model, rows, context_start=context_start)
         self._encoder = AttentionCache(config.encoder, rows, dtype=weight.dtype, device=self.device)
         self._decoder = AttentionCache(config.decoder, rows, dtype=weight.dtype, device=self.device)
         self._shares_plan = _plan_key(config.encoder) == _plan_key(config.decoder)
@@ -165,7 +175,7 @@ class BLTSession:
         self._decoder_cross = _places(model.decoder.cross_attention)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
         self._runner = GraphRunner(self.device, enabled=graphs)
-        self._numbers = StepNumbers(2, rows, self.device)
+        self._numbers = StepNumbers(3, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._positions = np.zeros(rows, dtype=np.int64)
@@ -185,17 +195,17 @@ class BLTSession:
         packed = PackedTexts.pack(texts, self.device)
         entropies = [math.nan] * len(packed.tokens)
         if self._entropy_steps is not None:
-            entropies = entropies_of(self._entropy_steps.model, self._entropy_steps.admit(first_row, packed))
+            lm = self._entropy_steps
+            entropies = entropies_of(lm.model, packed, lm.context_start, lm.filler(first_row, packed))
         starts = []
-        for index, text in enumerate(texts):
-            begin, end = packed.host_offsets[index : index + 2]
+        for index, (text, begin, end) in enumerate(zip(texts, packed.starts, packed.ends, strict=True)):
             patcher = self._patchers[first_row + index]
             patcher.reset()
             self._admitted[first_row + index] = text, entropies[begin:end]
             starts.append(push_all(patcher, text, entropies[begin:end]))
         patches = TextPatches.of(starts)
         filler = BLTFiller(self._patch_steps, (self._encoder, self._decoder), first_row, packed, patches)
-        logits = prefill_blt(self._model, packed, patches, packed.last, filler)
+        logits = prefill_blt(self._model, packed, patches, packed.ends - 1, filler)
         for index, text in enumerate(texts):
             if self._hashes is not None:
                 self._hashes.fill(first_row + index, torch.tensor(text, device=self.device))
@@ -212,7 +222,9 @@ class BLTSession:
         if self._runner.enabled:
             size = bucket(count, self.rows)
             self._tokens[:count] = tokens
-            self._numbers.host[:] = self._positions, self._open_lengths
+            self._numbers.host[:2] = self._positions, self._open_lengths
+            if self._entropy_steps is not None:
+                self._numbers.host[2] = self._entropy_steps.positions
             self._numbers.upload()
             changed = [] if self._hashes is None else [self._hashes.symbols]
             self._runner.run(("encode", size), lambda: self._encode_static(size), changed)
@@ -220,7 +232,7 @@ class BLTSession:
         else:
             plan = self._encoder.plan(positions)
             self._decoder_plan = plan if self._shares_plan else self._decoder.plan(positions)
-            lm_plan = None if self._entropy_steps is None else self._entropy_steps.cache.plan(positions)
+            lm_plan = None if self._entropy_steps is None else self._entropy_steps.plan(tokens)
             slots = torch.from_numpy(np.arange(count) * self._patch_steps.open_capacity + open_lengths)
             places = torch.from_numpy(positions).to(self.device)
             self._states, entropies = self._encode(tokens, places, slots.to(self.device), plan, lm_plan)
@@ -246,12 +258,11 @@ class BLTSession:
                 self._addresses = addresses
 
     def _encode_static(self, size: int) -> None:
-        positions, open_lengths = self._numbers.device[0, :size], self._numbers.device[1, :size]
+        positions, open_lengths, lm_positions = self._numbers.device[:, :size]
         plan = self._encoder.plan_static(positions, None, self._encoder.capacity)
         lm_plan = None
         if self._entropy_steps is not None:
-            cache = self._entropy_steps.cache
-            lm_plan = cache.plan_static(positions, None, cache.capacity)
+            lm_plan = self._entropy_steps.plan_static(self._tokens[:size], lm_positions)
         slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths
         self._states[:size], entropies = self._encode(self._tokens[:size], positions, slots, plan, lm_plan)
         if entropies is not None:
@@ -263,7 +274,8 @@ class BLTSession:
         """Byte states [n, dim] and entropies float32 [n]."""
         entropies = None
         if self._entropy_steps is not None and lm_plan is not None:
-            entropies = next_byte_entropy(self._entropy_steps.step(tokens, lm_plan))
+            lm = self._entropy_steps
+            entropies = next_byte_entropy(lm.model.wide_logits(lm.step(tokens, lm_plan)))
         x = F.embedding(tokens, self._model.encoder.embedding.weight)
         if self._hashes is not None:
             x = x + self._hashes.push(tokens, positions)
@@ -278,6 +290,8 @@ class BLTSession:
     def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
         """See `Session`."""
         count = len(tokens)
+        if self._entropy_steps is not None:
+            self._entropy_steps.advance(tokens)
         values = [math.nan] * count if entropies is None else entropies
         new = zip(tokens, values, live, strict=True)
         ended = [
@@ -346,7 +360,7 @@ class BLTSession:
         for cache in (self._encoder, self._decoder):
             cache.copy_row(source, target, positions)
         if self._entropy_steps is not None:
-            self._entropy_steps.cache.copy_row(source, target, positions)
+            self._entropy_steps.copy_row(source, target)
         if self._hashes is not None:
             self._hashes.symbols[target] = self._hashes.symbols[source]
         counts = int(self._patch_counts[source]), int(self._open_lengths[source])
