@@ -211,9 +211,11 @@ def test_a_short_job_is_quiet_without_a_terminal() -> None:
     assert done.stderr == "a word between\n"
 
 
-def test_a_job_on_a_terminal_draws_a_bar() -> None:
+@pytest.mark.parametrize("columns", ["140", "70"])
+def test_a_job_on_a_terminal_draws_a_bar(columns: str) -> None:
+    """On one line, whatever the width."""
     main, terminal = pty.openpty()
-    subprocess.run([sys.executable, "-c", JOB], stderr=terminal, check=True, env=os.environ | {"COLUMNS": "140"})
+    subprocess.run([sys.executable, "-c", JOB], stderr=terminal, check=True, env=os.environ | {"COLUMNS": columns})
     os.close(terminal)
     shown = b""
     try:

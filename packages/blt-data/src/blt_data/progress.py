@@ -25,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from blt_data.units import format_bytes, format_duration
@@ -38,6 +39,9 @@ LINE_INTERVAL: Final = 60.0
 #: Seconds over which the speed shown is averaged, and between its samples.
 _WINDOW: Final = 60.0
 _SAMPLE: Final = 1.0
+
+#: Columns of a terminal on which a long bar leaves room for the words.
+_WIDE: Final = 110
 
 
 def line_interval() -> float:
@@ -195,11 +199,12 @@ class _JobBar:
     """A bar on a terminal; it asks the job for its state as often as it is drawn."""
 
     def __init__(self, description: str, job: JobProgress) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= _WIDE else 6),
             _StatusColumn(job),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
         )
         self._progress.add_task(description, total=None if job.share is None else 1.0)
@@ -216,7 +221,8 @@ class _StatusColumn(ProgressColumn):
     """The job's state in words; it moves the bar, too, when it is drawn."""
 
     def __init__(self, job: JobProgress) -> None:
-        super().__init__()
+        # One line, whatever the terminal's width: more would make the display jump.
+        super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
         self._job = job
 
     def render(self, task: Task) -> Text:
