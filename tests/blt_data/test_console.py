@@ -258,3 +258,19 @@ def test_a_file_name_that_is_no_text_is_escaped() -> None:
     shown = done.stdout.decode()
     assert r"caf\udce9 ☃" in shown
     assert shown.splitlines()[-1] == r"caf\udce9"
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    program = (
+        "import click\nfrom blt_data.console import *\n"
+        "@click.command()\n@friendly_errors\ndef main():\n"
+        "    for _ in range(2000): print_table('title', [('cell', 1)] * 30)\n"
+        "main()"
+    )
+    running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout is not None
+    assert running.stderr is not None
+    assert running.stdout.readline().strip() == b"title"
+    running.stdout.close()
+    assert (running.wait(timeout=60), running.stderr.read()) == (0, b"")
+    running.stderr.close()

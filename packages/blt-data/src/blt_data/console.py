@@ -63,6 +63,14 @@ _MENDS = dict.fromkeys(
 ) | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions or name another path")
 
 
+class _Console(Console):
+    """A console that leaves it to `friendly_errors` what a reader that has gone (head, less) means."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the error through; rich would end the program with status 1."""
+        raise BrokenPipeError
+
+
 def print_table(
     title: str, rows: Mapping[str, object] | Sequence[Sequence[object]], header: Sequence[str] = ()
 ) -> None:
@@ -83,11 +91,11 @@ def print_table(
         table.add_column(header[index] if index < len(header) else "", justify="right" if numeric else "left")
     for row in cells:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
+    console = _Console(markup=False, highlight=False)
     if not sys.stdout.isatty():
         # Piped output keeps whole rows: a table folded at 80 columns is of no use to grep.
         widest = Measurement.get(console, console.options.update(width=_WIDEST), table).maximum
-        console = Console(width=max(_PIPE_WIDTH, widest), markup=False, highlight=False)
+        console = _Console(width=max(_PIPE_WIDTH, widest), markup=False, highlight=False)
     # Not as the table's own title, which would be folded at the table's width.
     console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)
