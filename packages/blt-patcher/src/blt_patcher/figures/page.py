@@ -27,9 +27,9 @@ dt{color:var(--soft);font-size:.82rem}
 dd{margin:.1rem 0 0;font-size:1.05rem;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 figure{margin:0 0 1rem;overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6rem 0}
-td,th{border-bottom:1px solid var(--line);padding:.28rem .9rem .28rem 0;text-align:right}
+td,th{border-bottom:1px solid var(--line);padding:.28rem 0 .28rem 1.6rem;text-align:right}
 th{color:var(--soft);font-weight:500}
-td:first-child,th:first-child{text-align:left}
+td:first-child,th:first-child{text-align:left;padding-left:0}
 tr.chosen td{font-weight:700}
 """
 
