@@ -148,6 +148,25 @@ def test_an_unfinished_split_is_told(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: .*/train: has no manifest\.json.*\n", result.stderr)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_problems_are_not_lost_with_the_reader_of_the_table(tmp_path: Path, damaged: bool) -> None:
+    make_directory(tmp_path / "d", [some_documents(1, 3)])
+    if damaged:
+        flip(tmp_path / "d" / "shard-00000.arrow")
+    program = "from blt_data.commands.verify import verify_command; verify_command()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "d")],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr.count("\n")) == (int(damaged), int(damaged))
+
+
 def test_lines_of_progress_in_a_log(tmp_path: Path) -> None:
     make_directory(tmp_path / "d", [some_documents(index, 300, longest=20_000) for index in range(2)])
     program = "from blt_data.commands.verify import verify_command; verify_command()"

@@ -32,6 +32,7 @@ __all__ = [
     "ByteSize",
     "JobProgress",
     "ProgressBar",
+    "discard_output",
     "fail",
     "format_bytes",
     "format_duration",
@@ -134,6 +135,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(EXIT_BAD_INPUT)
 
 
+def discard_output() -> None:
+    """Let standard output go nowhere from now on, as nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def sentence_of(error: BaseException) -> str:
     """Return an exception's message as one line for a user."""
     if isinstance(error, OSError) and error.strerror:
@@ -161,8 +167,8 @@ def friendly_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except BrokenPipeError:
-            # The reader (head, less) has gone: nothing is wrong, and nothing more can be written.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader (head, less) has gone: nothing is wrong.
+            discard_output()
             sys.exit(0)
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to go on", err=True)

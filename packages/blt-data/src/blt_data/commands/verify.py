@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from blt_data.console import EXIT_BAD_INPUT, JobProgress, format_bytes, friendly_errors, print_table, sentence_of
+from blt_data.console import (
+    EXIT_BAD_INPUT,
+    JobProgress,
+    discard_output,
+    format_bytes,
+    friendly_errors,
+    print_table,
+    sentence_of,
+)
 from blt_data.cpus import available_cpus
 from blt_data.errors import InputError
 from blt_data.shards import Manifest, ShardEntry, read_manifest, shard_directories, verify_directory
@@ -47,9 +55,13 @@ def verify_command(directories: tuple[Path, ...], workers: int | None) -> None:
                 (path, str(manifest.kind), len(manifest.shards), manifest.documents, manifest.bytes, size, state)
             )
         title = f"verified {format_bytes(total)} in {job.seconds:.1f} s"
-    if rows:
-        print_table(title, rows, ("directory", "kind", "shards", "documents", "bytes", "file bytes", "checksums"))
     for problem in problems:
         click.echo(f"error: {problem}", err=True)
+    try:
+        if rows:
+            print_table(title, rows, ("directory", "kind", "shards", "documents", "bytes", "file bytes", "checksums"))
+    except BrokenPipeError:
+        # Problems must not be lost with the reader of the table.
+        discard_output()
     if problems:
         raise SystemExit(EXIT_BAD_INPUT)
