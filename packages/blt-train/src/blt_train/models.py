@@ -17,6 +17,9 @@ from blt_train.inputs import open_entropy_model
 from blt_train.resume import ENTROPY_MODEL_NAME
 from blt_train.runtime import choose_device
 
+RESET_KEY = "reset_at_newlines"
+"""Key of provenance and of an exported patching.json."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedModel:
@@ -27,6 +30,8 @@ class OpenedModel:
     """Of a BLT: how its training data was patched."""
     entropy_model: ByteLM | None
     """Of a BLT whose scheme needs entropies."""
+    reset_at_newlines: bool = False
+    """Whether the entropy model's context began anew at every newline when the training data was scored."""
     source: Path
     """The directory that it was read from."""
 
@@ -61,19 +66,21 @@ def open_model(
 def _open_trained(directory: Path, entropy_model: str | os.PathLike[str] | None, device: str) -> OpenedModel:
     chosen = choose_device(device)
     model = load_model(directory, device=chosen)
-    scheme, scorer = None, None
+    scheme, scorer, resets = None, None, False
     if not isinstance(model, ByteLM):
         if not (directory / TRAINER_NAME).exists():
             return _open_loaded(directory, entropy_model, device)
         state = read_trainer_state(directory)
         scheme = _scheme_of(directory, state)
+        scored_by = state.data["provenance"].get("entropy_model")
+        resets = isinstance(scored_by, dict) and bool(scored_by.get(RESET_KEY, False))
         if state.entropy_model is not None or entropy_model is not None:
             copy = directory.parent.parent / ENTROPY_MODEL_NAME
             if entropy_model is None and not copy.exists():
                 raise CheckpointError(f"{copy}: is missing; name the model that scored the training data")
             scorer = open_entropy_model(entropy_model or copy, state.entropy_model, data="the training data")
             scorer.to(chosen)
-    return OpenedModel(model=model, scheme=scheme, entropy_model=scorer, source=directory)
+    return OpenedModel(model=model, scheme=scheme, entropy_model=scorer, reset_at_newlines=resets, source=directory)
 
 
 def _open_loaded(
@@ -90,8 +97,10 @@ def _open_loaded(
             f"{loaded.directory}: has no {TRAINER_NAME} and no {PATCHING_FILE}, which name the patch scheme; name a "
             "run directory, a checkpoint within it, or a model that blt-train export wrote"
         )
+    patching = dict(loaded.patching)
+    resets = bool(patching.pop(RESET_KEY, False))
     try:
-        scheme = scheme_from_json(loaded.patching)
+        scheme = scheme_from_json(patching)
     except ValueError as error:
         raise CheckpointError(f"{loaded.directory}: names no patch scheme ({error})") from error
     scorer = loaded.entropy_model
@@ -105,12 +114,24 @@ def _open_loaded(
             f"{loaded.directory}: holds no {ENTROPY_MODEL_DIRECTORY}; name the model that finds its patches with "
             "--entropy-model"
         )
-    return OpenedModel(model=loaded.model, scheme=scheme, entropy_model=scorer, source=loaded.directory)
+    return OpenedModel(
+        model=loaded.model,
+        scheme=scheme,
+        entropy_model=scorer,
+        reset_at_newlines=resets,
+        source=loaded.directory,
+    )
 
 
 def _scheme_of(checkpoint: Path, state: TrainerState) -> PatchScheme:
-    """Return the patch scheme of the training data."""
+    """Return the patch scheme of the training data, refusing one that cannot be applied while text is generated."""
     scheme = state.data["provenance"].get("scheme")
+    entropies = state.data["provenance"].get("entropy_model")
+    if isinstance(entropies, dict) and entropies.get("reset_at_newlines"):
+        raise CheckpointError(
+            f"{checkpoint / TRAINER_NAME}: the training data was patched with --reset-at-newlines, which generation "
+            "does not know yet; train on data that was patched without it"
+        )
     try:
         return scheme_from_json(scheme)
     except ValueError as error:
