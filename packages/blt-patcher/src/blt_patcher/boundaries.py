@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from blt_data.errors import InputError
 from blt_patcher import kernels
 from blt_patcher.arrays import ArrayLike, as_array
+from blt_patcher.equal import patch_equally
 from blt_patcher.rules import (
     ByteScheme,
     EntropyCombinedScheme,
@@ -192,20 +194,15 @@ def _run(
     scheme: PatchScheme, sequences: _Sequences, threads: int | None, *, write: bool
 ) -> tuple[Sequence[npt.NDArray[np.uint16]], npt.NDArray[np.int64]]:
     """Run the kernel, on a few threads where that pays; return the lengths piece by piece, and counts per document."""
-    rule, flip, key, relative = _kernel_arguments(scheme, 8 * sequences.bits.itemsize)
     offsets = sequences.token_offsets
     counts = np.empty(offsets.size - 1, dtype=np.int64)
-    # All read-only, or each mixture of kinds would be compiled for itself.
-    data, bits = _for_kernels(sequences.data), _for_kernels(sequences.bits)
-    arrays = (_read_only(sequences.data_offsets), bits, _read_only(offsets))
+    kernel = _kernel(scheme, sequences)
 
     def run(bounds: tuple[int, int]) -> npt.NDArray[np.uint16]:
         begin, end = bounds
         # One place per token is room for any patching; memory that no length reaches is never touched.
         room = np.empty(int(offsets[end] - offsets[begin]) + kernels.SLACK if write else 0, dtype=np.uint16)
-        broken = kernels.patch_range(
-            rule, data, *arrays, flip, key, relative, scheme.length_limit, begin, end, room, counts
-        )
+        broken = kernel(scheme.length_limit, begin, end, room, counts)
         if broken >= 0:
             raise InputError(
                 f"document {broken} has an entropy that is not a finite number; score it again with a sound model"
@@ -303,27 +300,31 @@ def _split_documents(token_offsets: npt.NDArray[np.int64], threads: int | None) 
     return list(itertools.pairwise(edges))
 
 
-def _kernel_arguments(scheme: PatchScheme, width: int) -> tuple[int, int, int, float]:
-    """Return the rule's number and its parameters, as `kernels.patch_range` takes them.
+def _kernel(scheme: PatchScheme, sequences: _Sequences) -> Callable[..., int]:
+    """Return what patches some of the sequences.
 
-    Args:
-        scheme: the rule.
-        width: bits of an entropy.
+    Returns:
+        A function of the longest patch, the first and one past the last sequence, room for lengths, and int64 [D] for
+        their numbers by sequence; it returns -1, or the first sequence with an entropy that is not finite.
     """
+    # All read-only, or each mixture of kinds would be compiled for itself.
+    offsets = _read_only(sequences.token_offsets)
+    if isinstance(scheme, (StaticScheme, ByteScheme)):
+        length = min(scheme.patch_length, _INT64_MAX) if isinstance(scheme, StaticScheme) else 1
+        return partial(patch_equally, offsets, length)
+    data, bits = _for_kernels(sequences.data), _for_kernels(sequences.bits)
+    arrays = (data, _read_only(sequences.data_offsets), bits, offsets)
     match scheme:
         case EntropyScheme(threshold=threshold):
-            return kernels.RULE_ENTROPY, *comparison(threshold, width), 0.0
+            rule, constants = kernels.RULE_ENTROPY, (*comparison(threshold, 8 * bits.itemsize), 0.0)
         case EntropyMonotonicScheme(relative_threshold=relative):
-            return kernels.RULE_MONOTONIC, 0, 0, float(relative)
+            rule, constants = kernels.RULE_MONOTONIC, (0, 0, float(relative))
         case EntropyCombinedScheme(threshold=threshold, relative_threshold=relative):
-            return kernels.RULE_COMBINED, *comparison(threshold, width), float(relative)
+            rule, constants = kernels.RULE_COMBINED, (*comparison(threshold, 8 * bits.itemsize), float(relative))
         case SpaceScheme():
-            return kernels.RULE_SPACE, 0, 0, 0.0
-        case StaticScheme(patch_length=length):
-            return kernels.RULE_STATIC, 0, min(length, _INT64_MAX), 0.0
-        case ByteScheme():
-            return kernels.RULE_STATIC, 0, 1, 0.0
+            rule, constants = kernels.RULE_SPACE, (0, 0, 0.0)
         case FlagScheme():
-            return kernels.RULE_FLAGS, 0, 0, 0.0
+            rule, constants = kernels.RULE_FLAGS, (0, 0, 0.0)
         case _:
             raise InputError(f"{type(scheme).__name__} is no scheme to patch by; derive it from FlagScheme")
+    return partial(kernels.patch_range, rule, *arrays, *constants)

@@ -12,7 +12,8 @@ Work goes word by word, 64 tokens a word:
 Entropies arrive as bit patterns, uint16 of float16 or uint32 of float32, and are never converted to be compared:
 positive floats sort like integers, so H > θ is one integer comparison with a constant, after one exclusive or where θ
 is negative (`thresholds` finds the constants). For float32 the constant lies where rounding to float16 begins to exceed
-θ. Differences are taken in float64, which holds the difference of any two float16 exactly.
+θ. Differences are taken in float32, and where that cannot decide in float64, which holds the difference of any two
+float16 exactly.
 
 The vectors are written in LLVM's own language (Numba's `intrinsic`), which compiles them for any processor. They must
 stay in this file: Numba's cache on disk knows of changes in the file of a kernel alone.
@@ -24,26 +25,22 @@ work queue aborts one that calls from two threads.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
-import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-log = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=Callable[..., Any])
+from blt_patcher.compiling import can_compress, compiled
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
 #: Bit patterns of entropies: uint16 of float16 or uint32 of float32.
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -52,15 +49,14 @@ RULE_ENTROPY: Final = 0
 RULE_MONOTONIC: Final = 1
 RULE_COMBINED: Final = 2
 RULE_SPACE: Final = 3
-RULE_STATIC: Final = 4
-RULE_FLAGS: Final = 5
+RULE_FLAGS: Final = 4
 
 #: Tokens a word.
 WORD: Final = 64
-
+#: Tokens a block: what one rule works on at a time, before the lengths are made.
+BLOCK: Final = 64 * WORD
 #: The kernels read whole words: arrays of data must have at least so many items, and room for lengths as many to spare.
 SLACK: Final = WORD
-
 #: Bytes ahead of the word at work that are asked of memory; processors do not look across a page (4 kB) by themselves.
 _AHEAD: Final = 8192
 
@@ -72,29 +68,13 @@ _ONE: Final = np.uint64(1)
 _ZERO: Final = np.uint64(0)
 
 
-def compiled(function: F) -> F:
-    """Compile with Numba, keeping the machine code on disk where some directory lets us.
-
-    Numba looks for a place when a function is decorated and raises where there is none (an installation that is
-    read-only, for a user without a writable home); importing the package must not fail for that, so the function is
-    then compiled anew in each process.
-    """
-    try:
-        kernel = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        log.debug("no writable directory for Numba's cache: %s is compiled in every process", function.__name__)
-        kernel = numba.njit(nogil=True)(function)
-    return cast(F, kernel)
-
-
-def _can_compress() -> bool:
-    """Return whether the processor that is compiled for packs the bytes of a vector (AVX-512 VBMI2)."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2]
-    return llvm.llvm_version_info[0] >= 19 and "+avx512vbmi2" in features.split(",")
-
-
 #: Whether lengths are made by vector compression rather than from the table.
-COMPRESSES: Final = _can_compress()
+COMPRESSES: Final = can_compress()
+
+
+def _kernel_part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let kernels call what a function writes in LLVM's language."""
+    return cast(Callable[..., Any], intrinsic(function))
 
 
 def _vector(lane: ir.Type, value: float | list[int], lanes: int = WORD) -> ir.Constant:
@@ -115,20 +95,35 @@ def _address(context: Any, builder: ir.IRBuilder, kind: types.Array, array: ir.V
 
 
 def _load(context: Any, builder: ir.IRBuilder, kind: types.Array, array: ir.Value, index: ir.Value) -> ir.Value:
-    """Load a word of an array's items, and ask memory for those some words on."""
-    width: int = cast(Any, kind.dtype).bitwidth
-    vector = ir.VectorType(ir.IntType(width), WORD)
-    address = _address(context, builder, kind, array, index)
-    byte, int32 = ir.IntType(8), ir.IntType(32)
-    name = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= 17 else "llvm.prefetch.p0i8"
-    signature = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), int32, int32, int32])
-    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    ahead = builder.bitcast(address, byte.as_pointer())
-    for line in range(0, WORD * width // 8, 64):
-        place = builder.gep(ahead, [ir.Constant(ir.IntType(64), _AHEAD + line)])
-        # To read, to be kept, data rather than code.
-        builder.call(prefetch, [place, ir.Constant(int32, 0), ir.Constant(int32, 3), ir.Constant(int32, 1)])
-    return builder.load(builder.bitcast(address, vector.as_pointer()), align=width // 8)
+    """Load a word of an array's items."""
+    vector = ir.VectorType(ir.IntType(_width(kind)), WORD)
+    address = builder.bitcast(_address(context, builder, kind, array, index), vector.as_pointer())
+    return builder.load(address, align=_width(kind) // 8)
+
+
+def _width(kind: types.Array) -> int:
+    """Return the bits of an array's item."""
+    return int(cast(Any, kind.dtype).bitwidth)
+
+
+@_kernel_part
+def _ask_ahead(typing_context: Any, array: Any, at: Any) -> Any:
+    """Ask memory for the word that lies some words after the one at `at`; beyond the array nothing happens."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        byte, int32, int64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+        name = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= 17 else "llvm.prefetch.p0i8"
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), int32, int32, int32])
+        prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        place = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        place = builder.bitcast(place, byte.as_pointer())
+        for line in range(0, WORD * _width(signature.args[0]) // 8, 64):
+            ahead = builder.gep(place, [ir.Constant(int64, _AHEAD + line)])
+            # To read, to be kept, data rather than code.
+            builder.call(prefetch, [ahead, ir.Constant(int32, 0), ir.Constant(int32, 3), ir.Constant(int32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
 
 
 def _as_float32(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
@@ -167,11 +162,6 @@ def _as_float32(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(chosen, sign), real)
 
 
-def _kernel_part(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let kernels call what a function writes in LLVM's language."""
-    return cast(Callable[..., Any], intrinsic(function))
-
-
 @_kernel_part
 def _exceed(typing_context: Any, bits: Any, at: Any, flip: Any, key: Any) -> Any:
     """Return as uint64 which of the 64 items from `at` on, XOR `flip`, are above `key` as signed integers."""
@@ -201,24 +191,42 @@ def _not_finite(typing_context: Any, bits: Any, at: Any) -> Any:
     return types.uint64(bits, types.int64), generate
 
 
-@_kernel_part
-def _rise(typing_context: Any, bits: Any, at: Any, before: Any, relative: Any) -> Any:
-    """Return as uint64 which of the 64 entropies from `at` on exceed the one before by more than `relative`.
+def _beside_last(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> tuple[ir.Value, ir.Value]:
+    """Return 64 entropies as float32, and the one before each; the arguments are those of `_rise_part`."""
+    now = _as_float32(builder, _load(context, builder, signature.args[0], arguments[0], arguments[1]))
+    lead = _as_float32(builder, _splat(builder, arguments[2], 1))
+    zero = ir.Constant(ir.IntType(32), 0)
+    last = builder.shuffle_vector(now, now, _vector(ir.IntType(32), [0, *range(WORD - 1)]))
+    return now, builder.insert_element(last, builder.extract_element(lead, zero), zero)
 
-    The bit pattern `before` stands before the first of them.
+
+def _rise_part(real: type[ir.Type], relation: str) -> Callable[..., Any]:
+    """Return what compares 64 rises with a threshold, in float32 or float64.
+
+    It takes the bit patterns, where the 64 begin, the pattern before them, and the threshold, of that type; it returns
+    a bit for each as uint64.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        now = _as_float32(builder, _load(context, builder, signature.args[0], arguments[0], arguments[1]))
-        lead = _as_float32(builder, _splat(builder, arguments[2], 1))
-        zero, double = ir.Constant(ir.IntType(32), 0), ir.VectorType(ir.DoubleType(), WORD)
-        last = builder.shuffle_vector(now, now, _vector(ir.IntType(32), [0, *range(WORD - 1)]))
-        last = builder.insert_element(last, builder.extract_element(lead, zero), zero)
-        rises = builder.fsub(builder.fpext(now, double), builder.fpext(last, double))
-        above = builder.fcmp_ordered(">", rises, _splat(builder, arguments[3]))
-        return builder.bitcast(above, ir.IntType(64))
+        sides = _beside_last(context, builder, signature, arguments)
+        if real is ir.DoubleType:
+            sides = tuple(builder.fpext(side, ir.VectorType(real(), WORD)) for side in sides)
+        found = builder.fcmp_ordered(relation, builder.fsub(*sides), _splat(builder, arguments[3]))
+        return builder.bitcast(found, ir.IntType(64))
 
-    return types.uint64(bits, types.int64, bits.dtype, types.float64), generate
+    number = types.float64 if real is ir.DoubleType else types.float32
+
+    @_kernel_part
+    def part(typing_context: Any, bits: Any, at: Any, before: Any, relative: Any) -> Any:
+        return types.uint64(bits, types.int64, bits.dtype, number), generate
+
+    return part
+
+
+# float32 rounds a rise, but keeps the order: only a rise that equals the rounded threshold is undecided.
+_rise_above = _rise_part(ir.FloatType, ">")
+_rise_beside = _rise_part(ir.FloatType, "==")
+_rise_exactly = _rise_part(ir.DoubleType, ">")
 
 
 @_kernel_part
@@ -254,34 +262,20 @@ def _flagged(typing_context: Any, flags: Any, at: Any) -> Any:
     return types.uint64(flags, types.int64), generate
 
 
-@_kernel_part
-def _ones(typing_context: Any, word: Any) -> Any:
-    """Return how many bits of a uint64 are set."""
+def _bit_part(generate: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Callable[..., Any]:
+    """Return what makes an int64 of a uint64 by one instruction."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
+    @_kernel_part
+    def part(typing_context: Any, word: Any) -> Any:
+        return types.int64(types.uint64), lambda context, builder, signature, values: generate(builder, values[0])
 
-    return types.int64(types.uint64), generate
-
-
-@_kernel_part
-def _leading_zeros(typing_context: Any, word: Any) -> Any:
-    """Return how many bits above the highest set bit of a uint64 are not set; 64 for zero."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
+    return part
 
 
-@_kernel_part
-def _trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """Return how many bits below the lowest set bit of a uint64 are not set; 64 for zero."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
+_ones = _bit_part(lambda builder, word: builder.ctpop(word))
+# The zeros beyond the highest and below the lowest bit that is set; 64 for a word of none.
+_leading_zeros = _bit_part(lambda builder, word: builder.ctlz(word, ir.Constant(ir.IntType(1), 0)))
+_trailing_zeros = _bit_part(lambda builder, word: builder.cttz(word, ir.Constant(ir.IntType(1), 0)))
 
 
 @_kernel_part
@@ -377,71 +371,135 @@ def _split(starts: np.uint64, open_length: int, limit: int, valid: np.uint64) ->
 
 
 @compiled
-def _fill_static(tokens: int, length: int, limit: int, out: U16, filled: int, write: bool) -> int:
-    """Append the lengths of one document of equal patches; return how many lengths there are now."""
-    if write:
-        out[filled] = np.uint16(1)
-    filled += 1
-    tokens -= 1
-    if length <= limit:
-        whole = tokens // length
-        if write:
-            out[filled : filled + whole] = np.uint16(length)
-        filled += whole
-        tokens -= whole * length
-        if tokens and write:
-            out[filled] = np.uint16(tokens)
-        return filled + (tokens > 0)
-    while tokens:
-        rest = min(length, tokens)
-        tokens -= rest
-        while rest:
-            if write:
-                out[filled] = np.uint16(min(rest, limit))
-            filled += 1
-            rest -= min(rest, limit)
-    return filled
+def _fire_entropy(bits: Bits, place: int, tokens: int, flip: int, key: int, starts: U64) -> np.uint64:
+    """Find where the entropy of the token before exceeds a threshold.
+
+    Args:
+        bits: bit patterns of entropies.
+        place: index of the entropy that decides on the block's first token.
+        tokens: tokens of the block.
+        flip: see `patch_range`.
+        key: the same.
+        starts: uint64 [words], written: a bit for each token; those beyond the block are of no meaning.
+
+    Returns:
+        Anything but 0 if one of the entropies is not finite.
+    """
+    broken = _ZERO
+    for word in range(0, tokens, WORD):
+        at, shift = _word_place(bits.size, place + word)
+        _ask_ahead(bits, at)
+        starts[word // WORD] = _exceed(bits, at, flip, key) >> shift
+        broken |= (_not_finite(bits, at) >> shift) & _valid(tokens - word)
+    return broken
 
 
 @compiled
-def _fires(
-    rule: int, data: U8, bits: Bits, place: int, lead: np.uint64, flip: int, key: int, relative: float
-) -> tuple[np.uint64, np.uint64, np.uint64]:
-    """Apply a rule to a word of 64 tokens.
+def _fire_rises(
+    bits: Bits, place: int, tokens: int, flip: int, key: int, relative: float, combined: bool, starts: U64
+) -> np.uint64:
+    """Find where the entropy of the token before exceeds that of the one before it by more than a threshold.
 
     Args:
-        rule: one of the RULE_ numbers.
-        data: bytes of content, or flags.
-        bits: bit patterns of entropies.
-        place: index in `data` or `bits` of what decides on the word's first token. It may be beyond the last word's
-            place; what the word holds beyond the arrays' end is then of no meaning.
-        lead: space: what the third value returned was for the word before.
-        flip: parameter, see `patch_range`.
+        bits: as for `_fire_entropy`, like the others.
+        place: index of the entropy that decides on the block's first token, together with the one before.
+        tokens: tokens of the block.
+        flip: see `patch_range`.
         key: the same.
         relative: the same.
+        combined: whether the entropy must exceed a threshold besides.
+        starts: written.
 
     Returns:
-        The tokens that start a patch; those before which an entropy is not finite; space: bits for the next word.
+        Anything but 0 if one of the entropies is not finite.
     """
-    size = data.size if rule >= RULE_SPACE else bits.size
-    whole = min(place, size - WORD)
-    # Read the last whole word where a whole word from `place` on would pass the end, and shift it into its place.
-    shift = np.uint64((place - whole) & (WORD - 1))
-    if rule == RULE_FLAGS:
-        return _flagged(data, whole) >> shift, _ZERO, _ZERO
-    if rule == RULE_SPACE:
-        spaces = _space_like(data, whole) >> shift
-        # Bit 0 is the token of the byte before `place`; the token that is decided on comes after that.
-        token = (spaces << _ONE) | (lead & _ONE)
-        before = (token << _ONE) | (lead >> _ONE)
-        return token & ~before, _ZERO, (spaces >> np.uint64(63)) | ((spaces >> np.uint64(62) & _ONE) << _ONE)
-    broken = _not_finite(bits, whole) >> shift
-    if rule == RULE_ENTROPY:
-        return _exceed(bits, whole, flip, key) >> shift, broken, _ZERO
-    rises = _rise(bits, whole, bits[max(whole - 1, 0)], relative)
-    if rule == RULE_COMBINED:
-        rises &= _exceed(bits, whole, flip, key)
-    return rises >> shift, broken, _ZERO
+    broken = _ZERO
+    for word in range(0, tokens, WORD):
+        at, shift = _word_place(bits.size, place + word)
+        _ask_ahead(bits, at)
+        before = bits[max(at - 1, 0)]
+        rises = _rise_above(bits, at, before, np.float32(relative))
+        if relative != 0 and _rise_beside(bits, at, before, np.float32(relative)):
+            rises = _rise_exactly(bits, at, before, relative)
+        if combined:
+            rises &= _exceed(bits, at, flip, key)
+        starts[word // WORD] = rises >> shift
+        broken |= (_not_finite(bits, at) >> shift) & _valid(tokens - word)
+    return broken
+
+
+@compiled
+def _fire_space(content: U8, place: int, tokens: int, goes_on: bool, starts: U64) -> None:
+    """Find where the token before is space-like and the one before that is not.
+
+    Args:
+        content: bytes.
+        place: index of the byte of the block's first token.
+        tokens: tokens of the block.
+        goes_on: whether the block is not its document's first.
+        starts: as for `_fire_entropy`.
+    """
+    # Whether the two tokens before the block are space-like, in the two highest bits; BOS is.
+    spaces = _space_like(content, place - WORD) if goes_on else _ALL
+    for word in range(0, tokens, WORD):
+        at, shift = _word_place(content.size, place + word)
+        _ask_ahead(content, at)
+        last = spaces
+        spaces = _space_like(content, at) >> shift
+        token = (spaces << _ONE) | (last >> np.uint64(63))
+        before = (spaces << np.uint64(2)) | (last >> np.uint64(62))
+        starts[word // WORD] = token & ~before
+
+
+@compiled
+def _fire_flags(flags: U8, place: int, tokens: int, starts: U64) -> None:
+    """Take the starts that somebody else has found; arguments as for `_fire_entropy`."""
+    for word in range(0, tokens, WORD):
+        at, shift = _word_place(flags.size, place + word)
+        _ask_ahead(flags, at)
+        starts[word // WORD] = _flagged(flags, at) >> shift
+
+
+@compiled
+def _word_place(size: int, place: int) -> tuple[int, np.uint64]:
+    """Return where to read a word of an array from, and how far to shift it down then.
+
+    A whole word from `place` on may pass the array's end; the array's last whole word is read instead.
+    """
+    at = min(place, size - WORD)
+    return at, np.uint64((place - at) & (WORD - 1))
+
+
+@compiled
+def _valid(tokens: int) -> np.uint64:
+    """Return the bits of a word of which so many tokens, at least 1, are left."""
+    return _ALL >> np.uint64(max(WORD - tokens, 0))
+
+
+@compiled
+def _emit_words(starts: U64, tokens: int, open_length: int, limit: int, out: U16, filled: int) -> tuple[int, int]:
+    """Append the lengths of the patches that the starts in a block end; `out` may be empty, to count alone.
+
+    Args:
+        starts: uint64 [words] a bit for each token.
+        tokens: tokens of the block.
+        open_length: tokens since the last start before the block.
+        limit: the longest patch, in tokens.
+        out: see `patch_range`.
+        filled: lengths in `out`.
+
+    Returns:
+        How many lengths there are now, and how many tokens there are from the last start on.
+    """
+    for word in range(0, tokens, WORD):
+        found = starts[word // WORD]
+        if limit - open_length < WORD:
+            found = _split(found, open_length, limit, _valid(tokens - word))
+        if out.size:
+            _emit(found, open_length, out, filled)
+        filled += _ones(found)
+        open_length = _leading_zeros(found) + (1 if found else open_length)
+    return filled, open_length
 
 
 @compiled
@@ -457,7 +515,7 @@ def _patch_one(
     limit: int,
     out: U16,
     filled: int,
-    write: bool,
+    starts: U64,
 ) -> int:
     """Patch one document of at least one token; return how many lengths there are now, or -1 for a broken entropy.
 
@@ -465,25 +523,28 @@ def _patch_one(
     the word's own place on. The last bit stands for the next document's BOS, whose start ends the last patch.
     """
     open_length = 1
-    broken, lead = _ZERO, np.uint64(3)
-    # Token 1 always starts a patch; where rises count, token 2 does too, as nothing has risen before.
-    forced = np.uint64(3) if rule in (RULE_MONOTONIC, RULE_COMBINED) else _ONE
-    for first in range(0, tokens, WORD):
-        starts, bad, lead = _fires(rule, data, bits, place + first, lead, flip, key, relative)
-        starts |= forced
-        forced = _ZERO
-        valid = _ALL
-        if tokens - first <= WORD:
-            valid >>= np.uint64(WORD - (tokens - first))
-            starts = (starts & valid) | (_ONE << np.uint64(tokens - first - 1))
-        broken |= bad & valid
-        if limit - open_length < WORD:
-            starts = _split(starts, open_length, limit, valid)
-        if write:
-            _emit(starts, open_length, out, filled)
-        filled += _ones(starts)
-        open_length = _leading_zeros(starts) + (1 if starts else open_length)
-    return -1 if broken else filled
+    for first in range(0, tokens, BLOCK):
+        count = min(BLOCK, tokens - first)
+        broken = _ZERO
+        if rule == RULE_ENTROPY:
+            broken = _fire_entropy(bits, place + first, count, flip, key, starts)
+        elif rule == RULE_SPACE:
+            _fire_space(data, place + first, count, first > 0, starts)
+        elif rule == RULE_FLAGS:
+            _fire_flags(data, place + first, count, starts)
+        else:
+            broken = _fire_rises(bits, place + first, count, flip, key, relative, rule == RULE_COMBINED, starts)
+        if broken:
+            return -1
+        if first == 0:
+            # Token 1 always starts a patch; where rises count, token 2 does too, as nothing has risen before.
+            starts[0] |= np.uint64(3) if rule in (RULE_MONOTONIC, RULE_COMBINED) else _ONE
+        if first + count == tokens:
+            end = (count - 1) // WORD
+            rest = count - end * WORD
+            starts[end] = (starts[end] & _valid(rest)) | (_ONE << np.uint64(rest - 1))
+        filled, open_length = _emit_words(starts, count, open_length, limit, out, filled)
+    return filled
 
 
 @compiled
@@ -512,7 +573,7 @@ def patch_range(
         bits: bit patterns of the entropy after each of the T framed tokens, where the rule reads them.
         token_offsets: int64 [D + 1] where each document's tokens begin in `bits`, from 0 to T.
         flip: entropy and combined: what is XORed with the bit patterns.
-        key: and then compared with; static: the patch length.
+        key: and then compared with.
         relative: monotonic and combined: θ_r in nats.
         limit: the longest patch, in tokens, up to 65,535.
         begin: first document.
@@ -524,65 +585,16 @@ def patch_range(
     Returns:
         -1, or the first document found to have an entropy that is not finite.
     """
-    write = out.size > 0
+    starts = np.empty(BLOCK // WORD, dtype=np.uint64)
     filled = 0
     for d in range(begin, end):
         tokens = token_offsets[d + 1] - token_offsets[d]
         before = filled
-        if tokens and rule == RULE_STATIC:
-            filled = _fill_static(tokens, key, limit, out, filled, write)
-        elif tokens:
+        if tokens:
             # A flag is that of the token itself, which bit 0 of the first word is for token 1.
             place = data_offsets[d] + (rule == RULE_FLAGS) if rule >= RULE_SPACE else token_offsets[d]
-            filled = _patch_one(rule, data, bits, place, tokens, flip, key, relative, limit, out, filled, write)
+            filled = _patch_one(rule, data, bits, place, tokens, flip, key, relative, limit, out, filled, starts)
             if filled < 0:
                 return d
         counts[d] = filled - before
     return -1
-
-
-@compiled
-def frame_span(
-    content: U8,
-    content_offsets: I64,
-    token_offsets: I64,
-    document: int,
-    low: int,
-    tokens: I64,
-    bos: int,
-    eos: int,
-    byte_offset: int,
-) -> None:
-    """Write the framed tokens low to low + T of documents laid end to end.
-
-    Args:
-        content: uint8 [N] all documents' bytes.
-        content_offsets: int64 [D + 1] where each document's bytes begin in `content`.
-        token_offsets: int64 [D + 1] where each document's framed tokens begin, from 0.
-        document: the document that holds token `low`.
-        low: first token to write.
-        tokens: int64 [T] token ids, written.
-        bos: id of BOS.
-        eos: id of EOS.
-        byte_offset: what is added to a byte.
-    """
-    done = 0
-    while done < tokens.size:
-        start, end = token_offsets[document], token_offsets[document + 1]
-        here = low + done
-        if here == start:
-            tokens[done] = bos
-            done += 1
-            here += 1
-        count = min(tokens.size - done, end - 1 - here)
-        if count > 0:
-            source = content_offsets[document] + here - start - 1
-            piece = content[source : source + count]
-            target = tokens[done : done + count]
-            for i in range(piece.size):
-                target[i] = piece[i] + byte_offset
-            done += count
-        if done < tokens.size:
-            tokens[done] = eos
-            done += 1
-        document += 1

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from blt_data.errors import InputError
 from blt_data.framing import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID, FRAME_TOKENS
-from blt_patcher.kernels import frame_span
+from blt_patcher.spans import frame_span
 
 #: Token of a new line (U+000A), which begins a context of its own where contexts start afresh at new lines.
 NEWLINE_ID: Final = BYTE_OFFSET + ord("\n")
