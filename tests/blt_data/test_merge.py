@@ -400,3 +400,12 @@ def test_patched_shards_have_a_largest_size(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a shard of patches holds at most .* bytes; give a smaller --shard-size"):
         merge(tmp_path / "a", output=tmp_path / "out", shard_bytes=2**40)
     merge(tmp_path / "a", output=tmp_path / "out", shard_bytes=2**30)
+
+
+def test_operations_need_the_light_core_only() -> None:
+    program = (
+        "import sys; from blt_data.commands import inspect, merge, verify\n"
+        "print({'datatrove', 'fsspec', 'huggingface_hub', 'ray', 'torch', 'yaml', 'zstandard'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
