@@ -208,12 +208,3 @@ def test_checkpoint_without_a_patch_scheme_generates_nothing(workplace: Path, sc
     (checkpoint / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"trainer\.json: names no patch scheme"):
         generate(workplace / "run", b"a")
-
-
-def test_patches_of_lines_are_refused_where_text_is_generated(workplace: Path) -> None:
-    checkpoint = train(blt_config(workplace, "run", "schedule.total_steps=1")).checkpoint
-    state = json.loads((checkpoint / "trainer.json").read_text())
-    state["data"]["provenance"]["entropy_model"] = {"fingerprint": "0" * 64, "reset_at_newlines": True}
-    (checkpoint / "trainer.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="patched with --reset-at-newlines, which generation does not know yet"):
-        generate(workplace / "run", b"a")

@@ -87,6 +87,8 @@ class PromptFile:
         for key in _KEYS:
             if row.get(key) is not None and not isinstance(row[key], _types(key)):
                 raise InputError(f"{key} is {row[key]!r}, which is of another type than expected")
+        if any(not isinstance(text, str) for text in row.get("stop") or ()):
+            raise InputError(f"stop is {row['stop']!r}; give a list of strings")
         given = {key: row[key] for key in _SAMPLING_KEYS if row.get(key) is not None}
         seed = (self.defaults.sampling.seed + number) % 2**63
         stop = row.get("stop")

@@ -14,7 +14,7 @@ from blt_model.weights.loading import ENTROPY_MODEL_DIRECTORY, PATCHING_FILE
 from blt_patcher import scheme_to_json
 from blt_train.errors import ConfigError
 from blt_train.files import publish_directory
-from blt_train.models import OpenedModel, open_model
+from blt_train.models import RESET_KEY, OpenedModel, open_model
 
 
 class ExportFormat(StrEnum):
@@ -59,7 +59,8 @@ def export_model(
     if ExportFormat(format) is ExportFormat.NATIVE:
         _write_native(opened, target)
         return opened
-    by_entropy = opened.scheme is not None and opened.scheme.name == "entropy"
+    # transformers' patcher never begins a context anew.
+    by_entropy = opened.scheme is not None and opened.scheme.name == "entropy" and not opened.reset_at_newlines
     save_transformers(
         opened.model,
         target,
@@ -77,7 +78,8 @@ def _write_native(opened: OpenedModel, target: Path) -> None:
         if opened.entropy_model is not None:
             save_model(opened.entropy_model, temporary / ENTROPY_MODEL_DIRECTORY)
         if opened.scheme is not None:
-            text = json.dumps(scheme_to_json(opened.scheme), indent=2) + "\n"
+            patching = {**scheme_to_json(opened.scheme), **({RESET_KEY: True} if opened.reset_at_newlines else {})}
+            text = json.dumps(patching, indent=2) + "\n"
             (temporary / PATCHING_FILE).write_text(text, encoding="utf-8")
         if target.exists():
             target.rmdir()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from blt_model import Generator, Request, SamplingOptions
 from blt_patcher import IncrementalPatcher
+from blt_patcher.windows import NEWLINE_ID
 from blt_train.models import OpenedModel, open_model
 
 
@@ -23,6 +24,7 @@ def generator_of(opened: OpenedModel, rows: int = 1) -> Generator:
         opened.model,
         new_patcher=None if scheme is None else lambda: IncrementalPatcher(scheme),
         entropy_model=opened.entropy_model,
+        context_start=NEWLINE_ID if opened.reset_at_newlines else None,
         rows=rows,
     )
 

@@ -124,14 +124,8 @@ def _open_loaded(
 
 
 def _scheme_of(checkpoint: Path, state: TrainerState) -> PatchScheme:
-    """Return the patch scheme of the training data, refusing one that cannot be applied while text is generated."""
+    """Return the patch scheme of the training data."""
     scheme = state.data["provenance"].get("scheme")
-    entropies = state.data["provenance"].get("entropy_model")
-    if isinstance(entropies, dict) and entropies.get("reset_at_newlines"):
-        raise CheckpointError(
-            f"{checkpoint / TRAINER_NAME}: the training data was patched with --reset-at-newlines, which generation "
-            "does not know yet; train on data that was patched without it"
-        )
     try:
         return scheme_from_json(scheme)
     except ValueError as error:
