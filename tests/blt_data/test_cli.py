@@ -119,7 +119,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], str]] = [
     (line("bad.jsonl", GOOD + b'{"body": "b"}'), r"bad\.jsonl: line 3 has no text: no 'text' among its keys 'body'"),
     (line("bad.jsonl", GOOD + b'{"text": null}'), r"bad\.jsonl: line 3 has no text: 'text' is null, not a string"),
     (line("bad.jsonl", GOOD + b'{"text": 5}'), r"bad\.jsonl: line 3 has no text: 'text' is a number"),
-    (line("bad.jsonl", GOOD + b'{"text": "a", "id": []}'), r"bad\.jsonl: line 3: its 'id' is a list"),
+    (line("bad.jsonl", GOOD + b'{"text": "a", "id": []}'), r"bad\.jsonl: line 3 has an unusable id: 'id' is a list"),
     (line("bad.jsonl", GOOD + b'{"text": "\xff"}'), r"bad\.jsonl: line 3 is no UTF-8 \(byte 11 of the line\)"),
     (line("bad.jsonl", GOOD + b'{"text": "\\ud83d"}'), r"bad\.jsonl: line 3 has a lone surrogate \(\\ud83d\)"),
     (line("bad.jsonl", b"[" * 200_000), r"bad\.jsonl: line 1 is no JSON"),
@@ -138,7 +138,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], None], str]] = [
 def check_refusal(result: Result | subprocess.CompletedProcess[str], code: int, message: str, output: Path) -> None:
     assert code == 1
     assert "Traceback" not in result.stderr
-    [sentence] = [text for text in result.stderr.splitlines() if not text.startswith("reading ")]
+    [sentence] = [text for text in result.stderr.splitlines() if not text.startswith(("reading ", "all else is done"))]
     assert re.search(f"^error: .*{message}", sentence)
     assert not (output / "manifest.json").exists()
 
@@ -170,8 +170,8 @@ def test_bad_source_in_a_real_process_with_workers(tmp_path: Path, index: int) -
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("absent", "absent: no such file or directory; name one, or a quoted glob, or python-stdlib"),
-        ("*.parquet", "no file matches this glob"),
+        ("absent", "absent: no such file or directory; name one, or a quoted glob, python-stdlib, fineweb-edu"),
+        ("*.parquet", "no such file or directory and no file that matches"),
         ("/dev/null", "is no regular file"),
         ("", "the source is an empty text; name a file"),
     ],
@@ -200,7 +200,7 @@ def test_full_disk(tmp_path: Path) -> None:
 
     arguments = ("prepare", "--source", tmp_path / "a.parquet", "--output", tmp_path / "out", "--shard-size", "400kB")
     result = blt_data(*arguments, "--workers", "2", preexec_fn=limit_file_size)
-    check_refusal(result, result.returncode, r"\.arrow: File too large; free some space and run", tmp_path / "out")
+    check_refusal(result, result.returncode, r"File too large; free some space and run", tmp_path / "out")
     assert blt_data(*arguments).returncode == 0
     assert len(read_documents(tmp_path / "out")) == 8
 

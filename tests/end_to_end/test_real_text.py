@@ -46,6 +46,7 @@ def test_every_byte_of_every_document_arrives(folder: str, texts: Texts, shared_
         str(source),
         "--output",
         str(tmp_path / "b"),
+        "--no-shuffle",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

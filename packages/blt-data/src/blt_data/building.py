@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from datatrove.pipeline.base import PipelineStep
 
+from blt_data.config import ForeignReader, PrepareConfig
 from blt_data.errors import InputError
 from blt_data.executors import Executor
 from blt_data.ingest import Listener, PrepareResult, check_same, prepare
 from blt_data.pipeline import Finisher, ShardWriter, SpillReader, scatter_blocks
-from blt_data.planning import ForeignReader, PlannedJob, PrepareConfig, plan_job
+from blt_data.planning import PlannedJob, plan_job
 from blt_data.recipe import Recipe
 from blt_data.workdir import check_usable, finished
 

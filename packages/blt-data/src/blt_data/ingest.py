@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from blt_data.config import DEFAULT_SHARD_BYTES, ForeignReader, PrepareConfig
 from blt_data.cpus import available_cpus
 from blt_data.errors import InputError
 from blt_data.executors import Executor, LocalExecutor, TaskFailure
@@ -27,7 +28,6 @@ from blt_data.finishing import finish_job, steps_of
 from blt_data.groups import GroupPlan
 from blt_data.jobs import WORK_NAME, ScatterTask
 from blt_data.limits import Waves
-from blt_data.planning import DEFAULT_SHARD_BYTES, ForeignReader, PlannedJob, PrepareConfig, plan_job
 from blt_data.records import ScatterRecord, StepCount
 from blt_data.shards import JSON, MANIFEST_NAME, Manifest, ShardDirectory
 from blt_data.splits import HOLDOUT, TRAIN, WHOLE, split_directory
@@ -35,6 +35,7 @@ from blt_data.units import format_bytes
 from blt_data.workdir import discard_other_groups, discard_others, finished, working_directory
 
 if TYPE_CHECKING:
+    from blt_data.planning import PlannedJob
     from blt_data.stages import Steps
 
 __all__ = [
@@ -64,6 +65,7 @@ class TasksFailedError(InputError):
 
     def __init__(self, failures: Sequence[TaskFailure], tasks: int) -> None:
         self.failures = tuple(failures)
+        self.tasks = tasks
         first = failures[0]
         # Bad input is told in a sentence that names its file itself.
         message = first.message if first.attempts == 1 else str(first)
@@ -163,6 +165,10 @@ def prepare(
     started = time.monotonic()
     listener = listener or Listener()
     _require_datatrove()
+    # The light core (reading shards) works without what these need.
+    from blt_data.planning import plan_job
+    from blt_data.stages import Steps
+
     planned = plan_job(
         config,
         steps=steps,
@@ -175,8 +181,6 @@ def prepare(
         check_same(output, next(iter(manifests.values())).provenance, planned.provenance)
         shutil.rmtree(output / WORK_NAME, ignore_errors=True)
         return PrepareResult(manifests=manifests, already_complete=True)
-    from blt_data.stages import Steps
-
     with working_directory(output):
         run = _Run(
             planned,

@@ -129,7 +129,8 @@ def prepare_command(
     except TasksFailedError as failed:
         for failure in failed.failures:
             click.echo(f"error: {failure.message if failure.attempts == 1 else failure}", err=True)
-        click.echo("what else could be done is done; mend this and run the same command again", err=True)
+        if len(failed.failures) < failed.tasks:
+            click.echo("all else is done; mend this and run the same command again", err=True)
         raise SystemExit(EXIT_BAD_INPUT) from None
     print_result(result)
 
@@ -171,8 +172,8 @@ class _View:
 
     def _start(self, start: PrepareStart) -> None:
         files = f"{start.files:,} {'file' if start.files == 1 else 'files'}, " if start.files else ""
-        workers = f"{start.workers} {'worker' if start.workers == 1 else 'workers'}"
-        click.echo(f"reading {files}{format_bytes(start.source_bytes)}, {workers}", err=True)
+        workers = f", {start.workers} workers" if start.workers > 1 else ""
+        click.echo(f"reading {files}{format_bytes(start.source_bytes)}{workers}", err=True)
         if start.tasks_discarded:
             click.echo(
                 "an unfinished run with other parameters, files or package versions was there; "
