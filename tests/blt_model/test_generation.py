@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from blt_model import (
     pack_documents,
 )
 from blt_model.generation import Finish
+from blt_model.generation.graphs import GraphRunner
 from blt_model.generation.reference import generate_uncached
 from blt_patcher import (
     ByteScheme,
@@ -396,6 +397,39 @@ def test_bad_requests_are_refused() -> None:
 
     with pytest.raises(ModelError, match="patch of BOS"):
         Generator(fresh_blt(0), new_patcher=OnePatch).generate([Request(prompt=b"a", max_new_bytes=1)])
+
+
+class _Uncaptured:
+    """Stands for a captured graph where there is no CUDA: runs the same function anew."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.replay = function
+
+
+@pytest.mark.parametrize("options", [OPTIONS["default"], OPTIONS["latent window"]], ids=["default", "latent window"])
+def test_steps_of_fixed_shapes(options: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that CUDA graphs capture, with padded rows, whole windows and masks, on the CPU."""
+
+    def enable(self: GraphRunner, device: torch.device, *, enabled: bool) -> None:
+        self.enabled, self._graphs, self._pool = True, {}, None
+
+    def capture(self: GraphRunner, function: Callable[[], None], changed: Sequence[torch.Tensor]) -> _Uncaptured:
+        before = [tensor.clone() for tensor in changed]
+        function()
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        return _Uncaptured(function)
+
+    monkeypatch.setattr(GraphRunner, "__init__", enable)
+    monkeypatch.setattr(GraphRunner, "_capture", capture)
+    rng = random.Random(seed)
+    model, entropy_model = fresh_blt(seed, **options), fresh_byte_lm(seed + 1)
+    scheme = scheme_of("entropy", middle_entropy(entropy_model, rng), 40)
+    prompts = prompts_of(rng, [0, 1, WINDOW, 30, 3, 260, 17])
+    newline = ord("\n") + 4
+    run(model, prompts, scheme, entropy_model, rows=5, new_bytes=50, context_start=newline)
+    run(model, prompts_of(rng, [5, 40]), StaticScheme(patch_length=70), None, rows=2, new_bytes=80)
+    run(entropy_model, prompts, None, None, rows=3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
