@@ -71,13 +71,10 @@ def write_shard(
         "blt.format": FORMAT_NAME,
         "blt.version": str(FORMAT_VERSION),
         "blt.kind": str(kind),
-        "blt.documents": str(batch.num_rows),
-        "blt.bytes": str(num_bytes),
-        "blt.payload_sha256": payload,
+        **_figures(batch.num_rows, num_bytes, payload),
         "blt.provenance": canonical_json(provenance),
+        **({} if num_patches is None else {"blt.patches": str(num_patches)}),
     }
-    if num_patches is not None:
-        metadata["blt.patches"] = str(num_patches)
     schema = shard_schema(kind, entropies=entropies is not None, metadata=metadata)
     options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression, use_threads=False)
     with atomic_file(target) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema, options=options) as writer:
@@ -92,6 +89,10 @@ def write_shard(
         file_bytes=file.size,
         file_sha256=file.sha256,
     )
+
+
+def _figures(documents: int, num_bytes: int, payload: str) -> dict[str, str]:
+    return {"blt.documents": str(documents), "blt.bytes": str(num_bytes), "blt.payload_sha256": payload}
 
 
 def _count(batch: pa.RecordBatch, kind: ShardKind) -> tuple[int, int | None]:
