@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from tests.blt_patcher.plain import schemes, scored_documents
 from blt_data.errors import InputError
 from blt_data.framing import frame
 from blt_patcher import (
+    SCHEMES,
+    BpeScheme,
     ByteScheme,
     EntropyMonotonicScheme,
     EntropyScheme,
@@ -21,6 +24,7 @@ from blt_patcher import (
     PatchScheme,
     SpaceScheme,
     patch_document,
+    scheme_to_json,
 )
 
 Scored = tuple[bytes, npt.NDArray[np.float16]]
@@ -56,8 +60,10 @@ def test_state_travels_as_json(scheme: PatchScheme, scored: Scored, data: st.Dat
     first = IncrementalPatcher(scheme)
     for pair in pairs[:cut]:
         first.push(*pair)
-    second = IncrementalPatcher(scheme)
-    second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
+    text = json.dumps(first.state(), allow_nan=False)
+    assert len(text) < 400
+    second = IncrementalPatcher.from_state(json.loads(text))
+    assert second.scheme == scheme
     assert [second.push(*pair) for pair in pairs[cut:]] == answers[cut:]
 
 
@@ -97,15 +103,50 @@ def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
         IncrementalPatcher(ByteScheme()).push(token)
 
 
+def test_the_form_of_states_is_pinned() -> None:
+    patcher = IncrementalPatcher(EntropyScheme(threshold=1.5))
+    for token, nats in [(1, 3.0), (101, 0.25)]:
+        patcher.push(token, nats)
+    assert patcher.state() == {
+        "version": 1,
+        "scheme": {"scheme": "entropy", "version": 1, "max_patch_length": None, "threshold": 1.5},
+        "tokens": 2,
+        "length": 1,
+        "entropy": 0.25,
+        "space_like": False,
+    }
+
+
+GOOD_STATE = IncrementalPatcher(ByteScheme()).state()
+
+
 @pytest.mark.parametrize(
-    "state",
+    ("changes", "sentence"),
     [
-        {},
-        {"tokens": 1, "length": 0, "entropy": 0.0},
-        {"tokens": "1", "length": 0, "entropy": 0.0, "space_like": True},
-        {"tokens": 1, "length": 0, "entropy": 0.0, "space_like": True, "more": 1},
+        ({"version": 2}, "has version 2, but this blt-patcher reads version 1"),
+        ({"scheme": scheme_to_json(SpaceScheme())}, "is of scheme .*space"),
+        ({"tokens": "1"}, "is not one; it must have exactly tokens, length, entropy, space_like"),
+        ({"tokens": True}, "it must have exactly"),
+        ({"more": 1}, "it must have exactly"),
+        ({"length": 3}, "no patcher gets into it"),
+        ({"tokens": 1, "length": -1}, "no patcher gets into it"),
+        ({"entropy": math.nan}, "no patcher gets into it"),
     ],
 )
-def test_states_that_are_none_are_refused(state: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="patcher state"):
-        IncrementalPatcher(ByteScheme()).restore(state)
+def test_states_that_are_none_are_refused(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        IncrementalPatcher(ByteScheme()).restore({**GOOD_STATE, **changes})
+
+
+def test_a_state_must_be_whole() -> None:
+    for key in ("tokens", "version", "scheme"):
+        with pytest.raises(InputError, match="patcher state"):
+            IncrementalPatcher(ByteScheme()).restore({name: GOOD_STATE[name] for name in GOOD_STATE if name != key})
+    with pytest.raises(InputError, match="names no scheme"):
+        IncrementalPatcher.from_state({})
+
+
+def test_schemes_that_look_ahead_are_refused() -> None:
+    assert [name for name, cls in SCHEMES.items() if not cls.incremental] == ["bpe"]
+    with pytest.raises(InputError, match="scheme bpe is not incremental: bytes to come may change"):
+        IncrementalPatcher(BpeScheme(tokenizer=64 * "a"))

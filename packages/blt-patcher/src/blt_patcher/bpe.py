@@ -106,7 +106,7 @@ class BpeScheme(FlagScheme):
         if self.tokenizer_json is None:
             raise InputError(
                 f"scheme bpe knows its tokenizer by fingerprint alone ({self.tokenizer[:12]}…); name the file "
-                "(--tokenizer, or BpeScheme.from_file)"
+                "(--scheme bpe --tokenizer FILE, or BpeScheme.from_file)"
             )
         tokenizer = _load(self.tokenizer_json)
         documents = content_offsets.size - 1

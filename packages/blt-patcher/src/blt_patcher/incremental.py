@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,10 +15,15 @@ from blt_patcher.rules import (
     EntropyCombinedScheme,
     EntropyMonotonicScheme,
     EntropyScheme,
+    FlagScheme,
     PatchScheme,
     SpaceScheme,
     StaticScheme,
 )
+from blt_patcher.schemes import scheme_from_json, scheme_to_json
+
+#: Version of the JSON form of a patcher's state.
+STATE_VERSION: Final = 1
 
 #: Token ids that are not space-like: ASCII letters and digits and UTF-8 continuation bytes.
 _SPACE_LIKE = tuple(
@@ -51,7 +57,16 @@ class IncrementalPatcher:
     """
 
     def __init__(self, scheme: PatchScheme) -> None:
-        """Begin a document under a scheme."""
+        """Begin a document under a scheme.
+
+        Raises:
+            InputError: under this scheme, what comes later may change the patches of what came before.
+        """
+        if not scheme.incremental or isinstance(scheme, FlagScheme):
+            raise InputError(
+                f"scheme {scheme.name} is not incremental: bytes to come may change the patches of those before, so it "
+                "patches whole documents only; generate with a model trained on another scheme"
+            )
         self.scheme = scheme
         self._limit = scheme.length_limit
         self._state = _State()
@@ -113,9 +128,9 @@ class IncrementalPatcher:
             case _:
                 return True
 
-    def state(self) -> dict[str, int | float | bool]:
-        """Return the state as a small JSON object; `restore` continues from it, in any process."""
-        return asdict(self._state)
+    def state(self) -> dict[str, Any]:
+        """Return the state, the scheme in it, as a small JSON object; `restore` continues from it, in any process."""
+        return {"version": STATE_VERSION, "scheme": scheme_to_json(self.scheme), **asdict(self._state)}
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Continue from a state that a patcher of the same scheme returned.
@@ -124,12 +139,41 @@ class IncrementalPatcher:
             state: what `state()` gave.
 
         Raises:
-            InputError: keys are missing or unknown, or a value has another type.
+            InputError: it is of another scheme or version, keys are missing or unknown, or a value is impossible.
         """
+        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise InputError(
+                f"patcher state has version {found!r}, but this blt-patcher reads version {STATE_VERSION}; install the "
+                "release that wrote it"
+            )
+        if state.get("scheme") != scheme_to_json(self.scheme):
+            raise InputError(
+                f"patcher state is of scheme {state.get('scheme')!r}, not of {scheme_to_json(self.scheme)!r}; restore "
+                "it in a patcher of its own scheme"
+            )
+        values = {key: value for key, value in state.items() if key not in ("version", "scheme")}
         kinds = {field.name: type(getattr(_State(), field.name)) for field in fields(_State)}
-        if set(state) != set(kinds) or any(type(state[key]) is not kind for key, kind in kinds.items()):
-            raise InputError(f"patcher state {dict(state)!r} is not one; it must have exactly {', '.join(kinds)}")
-        self._state = _State(**state)  # type: ignore[arg-type]  # types checked just above
+        if set(values) != set(kinds) or any(type(values[key]) is not kind for key, kind in kinds.items()):
+            raise InputError(f"patcher state {values!r} is not one; it must have exactly {', '.join(kinds)}")
+        restored = _State(**values)  # type: ignore[arg-type]  # types checked just above
+        if not (0 <= restored.length <= min(self._limit, restored.tokens) and math.isfinite(restored.entropy)):
+            raise InputError(f"patcher state {values!r} is not one; no patcher gets into it")
+        self._state = restored
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> IncrementalPatcher:
+        """Return a patcher that continues from a state, under the scheme that the state names.
+
+        Raises:
+            InputError: as `restore` and `schemes.scheme_from_json`.
+        """
+        scheme = state.get("scheme") if isinstance(state, Mapping) else None
+        if not isinstance(scheme, Mapping):
+            raise InputError("patcher state names no scheme; it must be what IncrementalPatcher.state() gave")
+        patcher = cls(scheme_from_json(scheme))
+        patcher.restore(state)
+        return patcher
 
 
 def _round_to_float16(entropy: float, scheme: str) -> float:

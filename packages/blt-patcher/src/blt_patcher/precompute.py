@@ -36,7 +36,7 @@ from blt_data import (
 from blt_data.errors import InputError
 from blt_data.executors import Executor, Report
 from blt_data.shards import MANIFEST_NAME
-from blt_patcher.schemes import PatchScheme, scheme_to_json
+from blt_patcher.schemes import PatchScheme, scheme_packages, scheme_to_json
 from blt_patcher.scorers import Scorer, ScorerIdentity
 from blt_patcher.shard_job import ShardJob, patch_in_this_process, start_worker
 
@@ -117,32 +117,47 @@ def precompute(
     check_output(source, target, provenance)
     target.mkdir(parents=True, exist_ok=True)
     wanted = list(range(len(source))) if only is None else sorted(set(only))
-    told = report or (lambda tokens, documents, content: None)
+    job = ShardJob(source=source, output=target, scheme=scheme, keep_entropies=keep_entropies, provenance=provenance)
+    missing = 0
     with held(target, shared=only is not None):
         entries = _finished(source, target, wanted)
         resumed = len(entries)
-
-        def done(index: int, entry: ShardEntry, early: bool = False) -> None:
-            entries[index] = entry
+        for entry in entries.values():
             if on_shard is not None:
-                on_shard(entry, early)
-
-        for index, entry in list(entries.items()):
-            done(index, entry, True)
-        job = ShardJob(
-            source=source, output=target, scheme=scheme, keep_entropies=keep_entropies, provenance=provenance
-        )
-        left = [index for index in wanted if index not in entries]
-        if workers is not None:
-            _patch_elsewhere(job, workers, left, done, told)
-        else:
-            patch_in_this_process(job, _local(scorer), left, done, told)
+                on_shard(entry, True)
+        _patch_others(job, scorer, workers, wanted, entries, on_shard, report or _say_nothing)
         if only is None:
             _complete(target, _manifest(entries, provenance))
-    missing = 0
     if only is not None:
         missing = _finish_if_complete(source, target, entries, provenance)
     return PrecomputeResult(manifest=_manifest(entries, provenance), resumed_shards=resumed, missing_shards=missing)
+
+
+def _say_nothing(tokens: int, documents: int, content: int) -> None:
+    """Report nothing."""
+
+
+def _patch_others(
+    job: ShardJob,
+    scorer: Scorer | ScorerIdentity | None,
+    workers: Workers | None,
+    wanted: Iterable[int],
+    entries: dict[int, ShardEntry],
+    on_shard: Callable[[ShardEntry, bool], None] | None,
+    report: Report,
+) -> None:
+    """Patch the wanted shards that have no entry yet, and add their entries; the other arguments are `precompute`'s."""
+
+    def done(index: int, entry: ShardEntry) -> None:
+        entries[index] = entry
+        if on_shard is not None:
+            on_shard(entry, False)
+
+    left = [index for index in wanted if index not in entries]
+    if workers is not None:
+        _patch_elsewhere(job, workers, left, done, report)
+    else:
+        patch_in_this_process(job, _local(scorer), left, done, report)
 
 
 def _local(scorer: Scorer | ScorerIdentity | None) -> Scorer | None:
@@ -286,7 +301,7 @@ def patch_provenance(
         "entropy_model": scorer.identity if scorer is not None else None,
         "entropy_settings": scorer.settings if scorer is not None else None,
         "entropies_kept": keep_entropies,
-        "packages": {name: version(name) for name in packages},
+        "packages": {**{name: version(name) for name in packages}, **scheme_packages(scheme)},
     }
 
 

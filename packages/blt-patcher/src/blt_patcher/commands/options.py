@@ -15,7 +15,7 @@ from blt_data.errors import InputError
 from blt_patcher.calibrate import DEFAULT_SAMPLE_BYTES
 from blt_patcher.scheme_file import SchemeFile, read_scheme_file
 from blt_patcher.scheme_options import SchemeOptions, resolve_scheme
-from blt_patcher.schemes import SCHEMES, EntropyScheme, PatchScheme
+from blt_patcher.schemes import SCHEMES, EntropyScheme, PatchScheme, scheme_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -103,8 +103,29 @@ class ResolvedScheme:
     """How the threshold was found, from a scheme file, for provenance."""
 
 
+class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
+    """The name of a scheme, ours or an installed one; those installed are looked for only once a name is given."""
+
+    name = "scheme"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what help shows: our own names."""
+        return f"[{'|'.join(SCHEMES)}|NAME]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, if there is such a scheme."""
+        names = scheme_names()
+        if value not in names:
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, names))}.", param, ctx)
+        return str(value)
+
+
 _choice_options = combine_options(
-    click.option("--scheme", type=click.Choice(list(SCHEMES)), help="How to patch  [entropy, if it has a threshold]."),
+    click.option(
+        "--scheme",
+        type=SchemeName(),
+        help="How to patch; NAME is one that another package brings  [entropy, if it has a threshold].",
+    ),
     click.option(
         "--scheme-file",
         type=click.Path(path_type=Path),
@@ -115,6 +136,19 @@ _choice_options = combine_options(
         "--target-patch-length", type=float, metavar="L", help="Find the threshold for L tokens per patch first."
     ),
     click.option("--patch-length", type=int, metavar="K", help="Tokens per patch of scheme static."),
+    click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="The tokenizer.json whose tokens are the patches of scheme bpe.",
+    ),
+    click.option(
+        "--scheme-option",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=lambda _context, _option, values: values or None,
+        help="A field of a scheme that another package brings; may be repeated.",
+    ),
     scheme_options,
 )
 
