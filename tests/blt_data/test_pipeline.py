@@ -205,6 +205,20 @@ class Splitter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
                 yield Document(text=part, id=f"{document.id}.{index}", metadata=metadata)
 
 
+def test_a_function_is_a_step_too(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "in")
+
+    def without_first_rows(data: DocumentsPipeline, rank: int, world_size: int) -> DocumentsPipeline:
+        return (document for document in data or () if document.metadata["row"] > 20)
+
+    pipeline = build_pipeline(source, tmp_path / "out", steps=[without_first_rows], workers=1)
+    result = pipeline.run()
+    assert len(read_documents(tmp_path / "out")) == 120
+    assert result.steps[0].name.endswith("without_first_rows")
+    with pytest.raises(InputError, match="other parameters"):
+        build_pipeline(source, tmp_path / "out").run()
+
+
 @pytest.mark.parametrize("seed", [0, None])
 def test_several_documents_of_one(tmp_path: Path, seed: int | None) -> None:
     write_parquet(tmp_path / "a.parquet", ["a|b|c", "d", "e|f"], ids=["x", "y", "z"], group=1)

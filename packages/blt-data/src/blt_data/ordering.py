@@ -142,7 +142,7 @@ def content_keys(batch: DocumentBatch, seed: int) -> tuple[npt.NDArray[np.uint64
     Returns:
         Two of uint64 [n].
     """
-    offsets, data = batch.offsets.tolist(), memoryview(batch.data)
+    offsets, data = batch.offsets.tolist(), batch.data.data
     prefix = hashlib.blake2b(digest_size=16, key=str(seed).encode(), person=_CONTENT)
     digests = []
     for start, end in pairwise(offsets):

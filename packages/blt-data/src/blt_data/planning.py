@@ -22,7 +22,7 @@ from blt_data.recipe import Recipe, SourceSpec, read_recipe
 from blt_data.scatter import ScatterOptions
 from blt_data.shards import JSON
 from blt_data.shards.schema import canonical_json
-from blt_data.skips import ErrorPolicy
+from blt_data.skips import ErrorPolicy, Skips
 from blt_data.sources import Format
 from blt_data.splits import splits_of_run
 
@@ -128,29 +128,7 @@ def plan_job(
         shard_bytes=config.shard_bytes,
         unit_bytes=_largest_part(tasks),
     )
-    splits = splits_of_run(config.holdout_fraction)
-    name = config.source or (os.fspath(config.recipe) if isinstance(config.recipe, str | os.PathLike) else "recipe")
-    job = Job(
-        output=output,
-        scatter=ScatterOptions(
-            ordering=ordering,
-            splits=splits,
-            holdout_fraction=config.holdout_fraction,
-            durable=not on_one_machine,
-            buffer_bytes=memory.buffer_bytes,
-        ),
-        gather=GatherOptions(
-            ordering=ordering,
-            provenance={split: {**provenance, "split": split} for split in splits},
-            sources=tuple(item.reading.source for item in sources) if reader is None else None,
-            shard_bytes=config.shard_bytes,
-            compression=config.compression,
-        ),
-        on_error=config.on_error,
-        source=name,
-        skipped=plan.skipped,
-        key=_checksum({"provenance": provenance}),
-    )
+    job = _job(config, output, ordering, memory, provenance, sources, skipped=plan.skipped, durable=not on_one_machine)
     return PlannedJob(
         job=job,
         tasks=tuple(_keyed(tasks, config, ordering, provenance)),
@@ -158,6 +136,42 @@ def plan_job(
         provenance=provenance,
         files=sum(len(item.source.files) for item in sources),
         memory=memory,
+    )
+
+
+def _job(
+    config: PrepareConfig,
+    output: Path,
+    ordering: Ordering,
+    memory: MemoryPlan,
+    provenance: Mapping[str, JSON],
+    sources: Sequence[PlannedSource],
+    *,
+    skipped: Skips,
+    durable: bool,
+) -> Job:
+    splits = splits_of_run(config.holdout_fraction)
+    recipe = config.recipe
+    return Job(
+        output=output,
+        scatter=ScatterOptions(
+            ordering=ordering,
+            splits=splits,
+            holdout_fraction=config.holdout_fraction,
+            durable=durable,
+            buffer_bytes=memory.buffer_bytes,
+        ),
+        gather=GatherOptions(
+            ordering=ordering,
+            provenance={split: {**provenance, "split": split} for split in splits},
+            sources=tuple(item.reading.source for item in sources) or None,
+            shard_bytes=config.shard_bytes,
+            compression=config.compression,
+        ),
+        on_error=config.on_error,
+        source=config.source or (os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else "recipe"),
+        skipped=skipped,
+        key=_checksum({"provenance": provenance}),
     )
 
 

@@ -202,7 +202,7 @@ class Scatter:
         ids = pa.concat_arrays([item.batch.document_ids.cast(pa.large_string()) for item in self._buffer])
         _, id_bytes = column_buffers(ids.take(pa.array(order)))
         batches = [item.batch for item in self._buffer]
-        self._file.append(_with_offsets(table[order]), memoryview(id_bytes), _pieces(batches, order))
+        self._file.append(_with_offsets(table[order]), id_bytes.data, _pieces(batches, order))
         self._buffer.clear()
         self._buffered = 0
 
@@ -250,7 +250,7 @@ def _with_offsets(rows: Rows) -> Rows:
 
 def _pieces(batches: Sequence[DocumentBatch], order: npt.NDArray[np.int64]) -> Iterator[list[memoryview]]:
     """Yield the contents of the documents of batches in an order, without copying them."""
-    views = [memoryview(batch.data) for batch in batches]
+    views = [batch.data.data for batch in batches]
     owner = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
     starts = np.concatenate([batch.offsets[:-1] for batch in batches])
     ends = np.concatenate([batch.offsets[1:] for batch in batches])

@@ -119,7 +119,7 @@ class SpillFile:
             content_bytes=int(table["content"][-1]),
         )
         try:
-            self._write([memoryview(table.view(np.uint8)).cast("B"), ids])
+            self._write([table.view(np.uint8).data, ids])
             for pieces in contents:
                 self._write(pieces)
         except OSError as error:
@@ -191,7 +191,7 @@ class SpillReader:
             OSError: it cannot be read.
         """
         rows = np.empty(stop - start + 1, ROW)
-        self.read([memoryview(rows.view(np.uint8)).cast("B")], run.offset + start * ROW.itemsize)
+        self.read([rows.view(np.uint8).data], run.offset + start * ROW.itemsize)
         return rows
 
     def ids(self, run: SubRun, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -210,7 +210,7 @@ class SpillReader:
             OSError: it cannot be read.
         """
         data = np.empty(max(0, stop - start), np.uint8)
-        self.read([memoryview(data)], run.ids + start)
+        self.read([data.data], run.ids + start)
         return data
 
     def read(self, pieces: Sequence[memoryview], offset: int) -> None:
