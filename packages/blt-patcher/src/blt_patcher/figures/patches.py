@@ -246,7 +246,7 @@ def _scale(tokens: Sequence[ShownToken]) -> _Scale:
 
 def _describe(view: PatchView) -> str:
     tokens, patches = view.content.size + FRAME_TOKENS, view.patch_lengths.size
-    scheme = f" · {describe_scheme(view.scheme)}" if view.scheme is not None else ""
+    scheme = f" · {_shortened(describe_scheme(view.scheme), 60)}" if view.scheme is not None else ""
     return f"{patches:,} patches · mean {tokens / patches:.3g} tokens{scheme}"
 
 
