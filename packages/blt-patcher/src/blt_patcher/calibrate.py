@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -190,14 +191,7 @@ def calibrate(
     if tokens == 0:
         raise InputError("there is no document to calibrate on")
     values = finite_float16()
-    counts: dict[int, int] = {}
-
-    def mean(index: int) -> Fraction:
-        if index not in counts:
-            candidate = with_threshold(scheme, parameter, float(values[index]))
-            counts[index] = count_patches(candidate, content, content_offsets, entropies)
-        return Fraction(tokens, counts[index])
-
+    mean = _means(scheme, parameter, tokens, (content, content_offsets, entropies))
     _check_reach(target_patch_length, mean(0), mean(values.size - 1))
     best = _nearest(mean, Fraction(target_patch_length), values.size)
     curve = {best}
@@ -222,6 +216,23 @@ def calibrate(
         curve=points(curve),
         outline=points(outline),
     )
+
+
+def _means(
+    scheme: EntropyBasedScheme,
+    parameter: str,
+    tokens: int,
+    documents: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.float16]],
+) -> Callable[[int], Fraction]:
+    """Return the function that gives the mean patch length for the index of a float16 threshold, counted once each."""
+    values = finite_float16()
+
+    @cache
+    def mean(index: int) -> Fraction:
+        candidate = with_threshold(scheme, parameter, float(values[index]))
+        return Fraction(tokens, count_patches(candidate, *documents))
+
+    return mean
 
 
 def _decisive(mean: Callable[[int], Fraction], values: npt.NDArray[np.float16], count: int) -> list[int]:

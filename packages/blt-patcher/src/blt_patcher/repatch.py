@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from blt_data import Manifest, Shard, ShardDirectory, ShardEntry, ShardKind, entry_of_finished_shard, write_shard
 from blt_data.errors import InputError
+from blt_data.framing import FRAME_TOKENS
 from blt_data.shards import write_manifest
 from blt_data.shards.schema import ENTROPIES
 from blt_patcher.boundaries import default_threads, patch_documents
@@ -63,34 +64,35 @@ def repatch(
     target.mkdir(parents=True, exist_ok=True)
 
     def one(index: int) -> tuple[ShardEntry, bool]:
-        wanted = source.manifest.shards[index]
-        entry = entry_of_finished_shard(target / wanted.name)
-        if entry is not None:
-            return entry, True
+        file = target / source.manifest.shards[index].name
+        if (finished := entry_of_finished_shard(file)) is not None:
+            return finished, True
         shard = source.verified_shard(index)
-        return repatch_shard(
-            shard, target / wanted.name, scheme=scheme, keep_entropies=keep, provenance=provenance
-        ), False
+        return repatch_shard(shard, file, scheme=scheme, keep_entropies=keep, provenance=provenance), False
 
-    entries: dict[int, ShardEntry] = {}
-    resumed = 0
     with held(target):
-        pool = ThreadPoolExecutor(max(1, workers or default_threads()), thread_name_prefix="blt-repatch")
-        try:
-            futures = {pool.submit(one, index): index for index in range(len(source))}
-            for future in as_completed(futures):
-                entry, found = future.result()
-                entries[futures[future]] = entry
-                resumed += found
-                if advance is not None:
-                    advance(entry.bytes + 2 * entry.documents)
-        finally:
-            # After an error the shards not begun are left; those begun are ended, since threads cannot be stopped.
-            pool.shutdown(wait=True, cancel_futures=True)
-        shards = tuple(entries[index] for index in range(len(source)))
+        done = _in_threads(one, len(source), max(1, workers or default_threads()), advance)
+        shards = tuple(entry for entry, _ in done)
         manifest = Manifest(kind=ShardKind.PATCHED, shards=shards, provenance=provenance)
         write_manifest(target, manifest)
-    return PrecomputeResult(manifest=manifest, resumed_shards=resumed)
+    return PrecomputeResult(manifest=manifest, resumed_shards=sum(found for _, found in done))
+
+
+def _in_threads(
+    task: Callable[[int], tuple[ShardEntry, bool]], count: int, threads: int, advance: Callable[[int], None] | None
+) -> list[tuple[ShardEntry, bool]]:
+    """Return the results of tasks 0 to `count` - 1 in order, several run at once; the first error ends them."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="blt-repatch")
+    try:
+        futures = [pool.submit(task, index) for index in range(count)]
+        for future in as_completed(futures):
+            entry, _ = future.result()
+            if advance is not None:
+                advance(entry.bytes + FRAME_TOKENS * entry.documents)
+        return [future.result() for future in futures]
+    finally:
+        # After an error the tasks not begun are left; those begun are ended, since threads cannot be stopped.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def check_source(source: ShardDirectory, scheme: PatchScheme, keep_entropies: bool | None) -> bool:
