@@ -61,12 +61,13 @@ def connect(ray: Any, address: str, *, name: str, runtime_env: Mapping[str, Any]
     if match := re.fullmatch(r"(?:ray://)?\[?(?P<host>[^\[\]]+)\]?:(?P<port>\d+)", reached):
         _check_port(reached, match["host"], int(match["port"]))
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    job = ray.job_config.JobConfig(metadata={"job_name": name})
+    if not address.startswith("ray://"):
+        # Ray's client takes none; its server starts the job.
+        options["job_config"] = ray.job_config.JobConfig(metadata={"job_name": name})
     try:
         ray.init(
             address=address,
             namespace=name.replace(" ", "-"),
-            job_config=job,
             runtime_env=None if runtime_env is None else dict(runtime_env),
             log_to_driver=False,
             logging_level=logging.CRITICAL,
@@ -97,7 +98,14 @@ def _why_not_connected(address: str, error: BaseException) -> str:
         return f"the Ray cluster at {address} runs other versions than this command; make them equal: {text}"
     if isinstance(error, ConnectionError) and address == "auto":
         return "no Ray cluster runs on this machine; start one (ray start --head), or give --ray-address host:port"
-    return f"cannot connect to the Ray cluster at {address}: {text or type(error).__name__}"
+    # Ray says why in its log alone.
+    token = (
+        "; if it asks for a token, as clusters do since Ray 2.60, set RAY_AUTH_MODE=token and, unless it is in "
+        "~/.ray/auth_token, RAY_AUTH_TOKEN"
+        if isinstance(error, ConnectionError) and "RAY_AUTH_MODE" not in os.environ
+        else ""
+    )
+    return f"cannot connect to the Ray cluster at {address} ({text or type(error).__name__}){token}"
 
 
 def resources_in_words(ray: Any) -> str:

@@ -159,6 +159,7 @@ class ActorPool:
         self._slots = Slots(size, attempts)
         import_module("ray.cloudpickle").register_pickle_by_value(ray_worker)
         # The thread that answers how far a task is must not wait for the task.
+        ray.method(concurrency_group="watch")(ray_worker.RayWorker.look)
         self._class = ray.remote(concurrency_groups={"watch": 1})(ray_worker.RayWorker)
         self._setup = ray.put(setup)
         self._actors: dict[int, _Actor] = {}
@@ -242,7 +243,7 @@ class ActorPool:
     def _ask(self, actor: _Actor) -> None:
         busy = sum(other.state is _State.BUSY for other in self._actors.values())
         seconds = max(1.0, busy / _LOOKS_PER_SECOND)
-        actor.look = actor.handle.look.options(concurrency_group="watch").remote(seconds)
+        actor.look = actor.handle.look.remote(seconds)
 
     def _answers(self, seconds_to_next: float | None) -> list[tuple[_Actor, Any]]:
         """Return the calls that have been answered: those about tasks first, then those about progress."""
