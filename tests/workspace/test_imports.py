@@ -14,8 +14,8 @@ ALLOWED = {
     "blt_patcher": {"blt_data", "blt_model"},
     "blt_train": {"blt_data", "blt_model", "blt_patcher"},
 }
-# Modules of blt_patcher that make its [entropy] extra; the others never import torch or the model.
-ENTROPY_MODULES = {"entropies", "executors", "precompute", "calibrate", "cli"}
+# Modules of blt_patcher for those who have torch; the others never import it or the model.
+ENTROPY_MODULES = {"entropies", "executors", "precompute", "calibrate", "cli", "worker_options", "tensors"}
 
 
 def package_modules(repository: Path, package: str) -> dict[str, Path]:
