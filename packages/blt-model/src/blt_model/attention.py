@@ -1,10 +1,12 @@
-"""Causal self-attention over packed documents: one function, two backends, memory linear in tokens.
+"""Causal self-attention over packed documents: one function, three backends, memory linear in tokens.
 
 - ``varlen``: torch's variable-length flash attention (CUDA, float16 or bfloat16). Offsets and window go to the kernel.
-- ``sdpa``: ``scaled_dot_product_attention`` (any device and dtype, with backward). With a window, the tokens are cut
-  into blocks and every block of queries reads itself and the blocks that the window reaches back to: the mask has at
-  most tokens x (window + 2 blocks) entries. Without one, or where no document outgrows it, documents of similar
-  length are attended together as small causal rectangles.
+- ``flex``: torch's FlexAttention (CUDA, not float64), compiled or not at all; see `flex_backend`.
+- ``sdpa``: torch's scaled dot product (any device and dtype, with backward). On the CPU every document is attended
+  where it lies, see `span_attention`. On CUDA, or with keys carried over, a window cuts the tokens into blocks, and
+  every block of queries reads itself and the blocks that the window reaches back to: the mask has at most tokens x
+  (window + 2 blocks) entries. Without a window, or where no document outgrows it, documents of similar length are
+  attended together as small causal rectangles.
 
 What depends on the batch alone is worked out once per forward (`plan_attention`) and shared by all layers.
 
@@ -19,15 +21,19 @@ import itertools
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from blt_model.errors import ModelError
+from blt_model.flex_backend import attend_flex, block_mask, check_flex, first_keys
 from blt_model.packed import segment_of
 from blt_model.span_attention import Spans, attend_spans, plan_spans
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ class AttentionBackend(StrEnum):
 
     AUTO = "auto"
     VARLEN = "varlen"
+    FLEX = "flex"
     SDPA = "sdpa"
 
 
@@ -66,7 +73,7 @@ class AttentionPlan:
     """What attention needs to know of a batch; made by plan_attention, used by attend."""
 
     backend: AttentionBackend
-    """VARLEN or SDPA."""
+    """Any but AUTO."""
     window: int | None
     """Tokens that a token attends to, itself included; None for no limit."""
     query_offsets: Tensor
@@ -89,6 +96,8 @@ class AttentionPlan:
     """sdpa without window: int64 [T], the place of every token."""
     spans: Spans | None = None
     """sdpa on the CPU with nothing carried: the documents, each attended where it lies."""
+    block_mask: BlockMask | None = None
+    """flex."""
 
 
 def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
@@ -100,10 +109,10 @@ def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype
         dtype: of the queries.
 
     Returns:
-        VARLEN or SDPA.
+        Any but AUTO.
 
     Raises:
-        ModelError: unknown name, or varlen where it cannot run.
+        ModelError: unknown name, or varlen or flex where it cannot run.
     """
     names = [str(member) for member in AttentionBackend]
     if backend not in names:
@@ -118,6 +127,9 @@ def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype
         if "window_size" not in _VARLEN_OPTIONS:
             raise ModelError("this torch has no varlen_attn with window_size; update torch, or use backend sdpa.")
         return AttentionBackend.VARLEN
+    if backend == AttentionBackend.FLEX:
+        check_flex(device, dtype)
+        return AttentionBackend.FLEX
     if backend == AttentionBackend.AUTO and fits and "window_size" in _VARLEN_OPTIONS:
         return AttentionBackend.VARLEN
     return AttentionBackend.SDPA
@@ -139,7 +151,7 @@ def plan_attention(
         offsets: int32 [D + 1] document offsets, the last equal to num_tokens.
         num_tokens: T.
         window: W, or None for no limit.
-        backend: VARLEN or SDPA.
+        backend: any but AUTO.
         max_length: upper bound of a document's tokens; None means T.
         carried: C, keys and values of the first document that come before the queries' own; needs a window.
         carried_valid: int64 scalar tensor, how many of the carried ones (the last of them) belong to the first
@@ -158,6 +170,9 @@ def plan_attention(
     plan = AttentionPlan(backend, window, offsets, key_offsets, max_length, carried)
     if backend == AttentionBackend.VARLEN:
         return plan
+    if backend == AttentionBackend.FLEX:
+        first = first_keys(offsets, key_offsets, num_tokens, carried, window)
+        return dataclasses.replace(plan, block_mask=block_mask(first, carried))
     if offsets.device.type == "cpu" and not carried:
         host = offsets.tolist()
         # A call for every document costs more than gathering where they are tiny.
@@ -186,16 +201,7 @@ def _plan_blocks(plan: AttentionPlan, num_tokens: int, window: int) -> Attention
     keys = queries.view(num_blocks, block)[:, :1] + torch.arange(-before, block, device=device)
     keys = keys.unsqueeze(1)
     mask = (keys >= first) & (keys <= queries.view(num_blocks, block, 1))
-    return AttentionPlan(
-        plan.backend,
-        window,
-        plan.query_offsets,
-        plan.key_offsets,
-        plan.max_queries,
-        plan.carried,
-        block=block,
-        mask=mask.unsqueeze(1),
-    )
+    return dataclasses.replace(plan, block=block, mask=mask.unsqueeze(1))
 
 
 def _plan_rectangles(plan: AttentionPlan, num_tokens: int) -> AttentionPlan:
@@ -223,15 +229,8 @@ def _plan_rectangles(plan: AttentionPlan, num_tokens: int) -> AttentionPlan:
         rectangles.append(Rectangle(len(group), longest))
         gathers.append(tokens.flatten())
     device = plan.query_offsets.device
-    return AttentionPlan(
-        plan.backend,
-        None,
-        plan.query_offsets,
-        plan.key_offsets,
-        plan.max_queries,
-        rectangles=tuple(rectangles),
-        gather=torch.cat(gathers).to(device),
-        scatter=scatter.to(device),
+    return dataclasses.replace(
+        plan, rectangles=tuple(rectangles), gather=torch.cat(gathers).to(device), scatter=scatter.to(device)
     )
 
 
@@ -249,6 +248,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """
     if plan.backend == AttentionBackend.VARLEN:
         return _attend_varlen(query, key, value, plan)
+    if plan.block_mask is not None:
+        return attend_flex(query, key, value, plan.block_mask)
     if plan.spans is not None:
         wide = torch.promote_types(query.dtype, torch.float32)
         return attend_spans(query.to(wide), key.to(wide), value.to(wide), plan.spans).to(query.dtype)

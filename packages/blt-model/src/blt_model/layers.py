@@ -140,10 +140,11 @@ class SelfAttention(nn.Module):
         flat: Tensor = self.query_key_value(x)
         sizes = [self.num_heads, self.kv_heads, self.kv_heads]
         if layout.phases is not None and layout.plan.spans is not None:
-            wide = torch.promote_types(flat.dtype, torch.float32)
-            mixed, flat = turn_and_attend(flat.to(wide), layout.phases, self.kv_heads, layout.plan.spans)
-            _, key, value = flat.to(x.dtype).view(len(x), -1, self.head_dim).split(sizes, dim=1)
-            return self.output(mixed.to(x.dtype).flatten(1)), key, value
+            dtype = flat.dtype
+            wide = flat.to(torch.promote_types(dtype, torch.float32))
+            mixed, wide = turn_and_attend(wide, layout.phases, self.kv_heads, layout.plan.spans)
+            _, key, value = torch.split(wide.to(dtype).view(len(x), -1, self.head_dim), sizes, dim=1)
+            return self.output(mixed.to(dtype).flatten(1)), key, value
         heads = flat.view(len(x), -1, self.head_dim)
         turning, value = torch.split(heads, [self.num_heads + self.kv_heads, self.kv_heads], dim=1)
         turned = rotate(turning, layout.cosine, layout.sine)

@@ -14,6 +14,7 @@ Legend: T tokens, H query heads, G key and value heads, E head width, W window, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def plan_spans(offsets: list[int], window: int | None) -> Spans:
     Returns:
         The plan.
     """
-    documents = tuple((start, end) for start, end in zip(offsets, offsets[1:], strict=False) if end > start)
+    documents = tuple((start, end) for start, end in itertools.pairwise(offsets) if end > start)
     if window is None:
         return Spans(documents)
     # A quarter of the window: smaller blocks leave the kernel too little work, larger ones compute more in vain.
@@ -74,7 +75,7 @@ class _Call:
     def queries(self, tensor: Tensor) -> Tensor:
         """[T, H, E] to a view [count, H, block, E]."""
         part = tensor[self.first : self.first + self.count * self.block]
-        return part.unflatten(0, (self.count, self.block)).transpose(1, 2)
+        return part.view(self.count, self.block, *part.shape[1:]).transpose(1, 2)
 
     def keys(self, tensor: Tensor, heads: int) -> Tensor:
         """[T, G, E] to [count, heads, before + block, E]: a view where G is heads, repeated heads elsewhere."""
@@ -86,7 +87,7 @@ class _Call:
     def add_keys_gradient(self, total: Tensor, gradient: Tensor) -> None:
         """Add [count, H, before + block, E] to the places in [T, G, E] that `keys` read."""
         if gradient.shape[1] != total.shape[1]:
-            gradient = gradient.unflatten(1, (total.shape[1], -1)).sum(2)
+            gradient = gradient.reshape(len(gradient), total.shape[1], -1, *gradient.shape[2:]).sum(2)
         for index, part in enumerate(gradient.transpose(1, 2)):
             start = self.first + index * self.block
             total[start - self.before : start + self.block] += part
@@ -159,9 +160,12 @@ def _attend_backward(
         call.add_keys_gradient(totals[2], parts[2])
 
 
-class _Attend(torch.autograd.Function):
+class Attend(torch.autograd.Function):
+    """Attention of rotated heads."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+        """See `attend_spans`."""
         result, sums = _attend(query, key, value, spans)
         ctx.spans = spans
         ctx.save_for_backward(query, key, value, result, *sums)
@@ -169,20 +173,23 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of query, key and value."""
         query, key, value, result, *sums = ctx.saved_tensors
         totals = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         _attend_backward(gradients[0], (query, key, value, result), tuple(sums), ctx.spans, totals)
         return *totals, None
 
 
-class _TurnAndAttend(torch.autograd.Function):
-    """Rotates in place: the map that made the heads does not need its own result again."""
+class TurnAndAttend(torch.autograd.Function):
+    """Rotation in place, and attention. The map that made the heads does not need its own result again."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, phases: Tensor, kv_heads: int, spans: Spans) -> tuple[Tensor, Tensor]:
+        """See `turn_and_attend`."""
         heads, sizes = _heads(flat, phases, kv_heads)
         _turn(heads[:, : sizes[0] + kv_heads], phases)
-        result, sums = _attend(*heads.split(sizes, dim=1), spans)
+        query, key, value = torch.split(heads, sizes, dim=1)
+        result, sums = _attend(query, key, value, spans)
         ctx.mark_dirty(flat)
         ctx.set_materialize_grads(False)
         ctx.kv_heads, ctx.spans = kv_heads, spans
@@ -191,12 +198,13 @@ class _TurnAndAttend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
+        """The gradient of the heads before rotation."""
         flat, phases, result, *sums = ctx.saved_tensors
         heads, sizes = _heads(flat, phases, ctx.kv_heads)
         total = torch.zeros_like(heads)
         if gradients[0] is not None:
-            tensors = *heads.split(sizes, dim=1), result
-            _attend_backward(gradients[0], tensors, tuple(sums), ctx.spans, total.split(sizes, dim=1))
+            tensors = *torch.split(heads, sizes, dim=1), result
+            _attend_backward(gradients[0], tensors, tuple(sums), ctx.spans, torch.split(total, sizes, dim=1))
         if gradients[1] is not None:
             total += gradients[1].view_as(total)
         _turn(total[:, : sizes[0] + ctx.kv_heads], phases.conj())
@@ -211,10 +219,9 @@ def _heads(flat: Tensor, phases: Tensor, kv_heads: int) -> tuple[Tensor, list[in
 
 def _turn(heads: Tensor, phases: Tensor) -> None:
     """Rotate neighbouring pairs of [T, heads, E] in place by complex [T, 1, E / 2]."""
-    torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(phases)
+    torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2)).mul_(phases)
 
 
-@torch.compiler.disable
 def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     """Attend, with rotated queries and keys.
 
@@ -227,11 +234,15 @@ def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Ten
     Returns:
         [T, H, E].
     """
-    result: Tensor = _Attend.apply(query, key, value, spans)
+    if torch.compiler.is_compiling():
+        from blt_model.untraced import attend_untraced
+
+        untraced: Tensor = attend_untraced(query, key, value, spans)
+        return untraced
+    result: Tensor = Attend.apply(query, key, value, spans)
     return result
 
 
-@torch.compiler.disable
 def turn_and_attend(flat: Tensor, phases: Tensor, kv_heads: int, spans: Spans) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys in place, and attend.
 
@@ -244,7 +255,12 @@ def turn_and_attend(flat: Tensor, phases: Tensor, kv_heads: int, spans: Spans) -
     Returns:
         The result [T, H, E], and the rotated [T, (H + 2 G) E].
     """
+    if torch.compiler.is_compiling():
+        from blt_model.untraced import turn_and_attend_untraced
+
+        untraced: tuple[Tensor, Tensor] = turn_and_attend_untraced(flat, phases, kv_heads, spans)
+        return untraced
     # Autograd lets no function of two results write into a view.
     flat = flat.clone() if flat._is_view() else flat.contiguous()
-    result: tuple[Tensor, Tensor] = _TurnAndAttend.apply(flat, phases, kv_heads, spans)
+    result: tuple[Tensor, Tensor] = TurnAndAttend.apply(flat, phases, kv_heads, spans)
     return result

@@ -1,0 +1,24 @@
+"""Attention over spans where torch.compile traces: compiled code leaves it alone and calls it as it is.
+
+Its calls follow the documents of each batch, for which compiled code would be made anew. This module is imported by
+code that is being traced only: the decorator loads torch's compiler, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blt_model.span_attention import Spans, attend_spans, turn_and_attend
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+def attend_untraced(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    """As `attend_spans`."""
+    return attend_spans(query, key, value, spans)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def turn_and_attend_untraced(flat: Tensor, phases: Tensor, kv_heads: int, spans: Spans) -> tuple[Tensor, Tensor]:
+    """As `turn_and_attend`."""
+    return turn_and_attend(flat, phases, kv_heads, spans)
