@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +16,8 @@ import pytest
 from datatrove.pipeline.filters import LambdaFilter
 
 from blt_data import InputError
-from blt_data.building import Pipeline, build_pipeline
-from blt_data.executors.slurm import Stage, show, stages_of, submit
+from blt_data.building import build_pipeline
+from blt_data.executors.slurm import Stage, show, submit
 from blt_data.executors.slurm_options import SlurmOptions
 
 from .corpora import files_of, json_lines, write_parquet
@@ -46,12 +47,6 @@ def keep_most(document: object) -> bool:
     return len(document.text) % 3 != 0  # type: ignore[attr-defined]
 
 
-def pipeline(source: Path, output: Path) -> Pipeline:
-    return build_pipeline(
-        source, output, steps=[LambdaFilter(keep_most)], shard_bytes=40_000, holdout_fraction=0.3, gather_tasks=2
-    )
-
-
 def write_corpus(folder: Path) -> None:
     folder.mkdir()
     generator = random.Random(random.randrange(2**32))
@@ -73,31 +68,53 @@ def outputs(logs: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(logs.glob("*/output/*.out")))
 
 
-def test_the_same_shards_as_in_this_process(
-    slurm: None, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The jobs import this module, for its filter.
-    monkeypatch.setenv("PYTHONPATH", str(repository))
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "blt_data.cli", "prepare", *options], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_same_shards_as_in_this_process(slurm: None, tmp_path: Path) -> None:
     write_corpus(tmp_path / "in")
-    pipeline(tmp_path / "in", tmp_path / "expected").run()
+    output, logs = tmp_path / "out", tmp_path / "out.slurm"
+    same = ("--source", str(tmp_path / "in"), "--shard-size", "40kB", "--holdout-fraction", "0.3")
+    assert command(*same, "--output", str(tmp_path / "expected"), "--workers", "1").returncode == 0
+    there = [*same, "--output", str(output), "--executor", "slurm", "--slurm-partition", "loopback"]
+    there += ["--slurm-mem-per-cpu-gb", "1", "--slurm-time", "10", "--slurm-tasks-per-job", "3"]
     # A first run, with a file that is broken.
     whole = (tmp_path / "in" / "1.jsonl").read_bytes()
     (tmp_path / "in" / "1.jsonl").write_bytes(b"[" + whole[1:])
-    logs = tmp_path / "logs-1"
-    stages = submit(stages_of(pipeline(tmp_path / "in", tmp_path / "out")), PARTITION, name="prepare", logs=logs)
-    assert [stage.name for stage in stages] == ["scatter", "gather", "finish"]
-    assert all(stage.job_id for stage in stages)
+    submitted = command(*there)
+    assert submitted.returncode == 0, submitted.stderr
+    assert all(stage in submitted.stdout for stage in ("scatter", "gather", "finish"))
     wait_for_jobs()
     # What depends on the failed task was cancelled and did nothing.
-    assert not list((tmp_path / "out").glob("*/manifest.json"))
+    assert not list(output.glob("*/manifest.json"))
     assert not list((logs / "gather" / "output").iterdir())
     assert "line 1 is no JSON" in outputs(logs)
     # The same again, with the file mended, on the same output.
     (tmp_path / "in" / "1.jsonl").write_bytes(whole)
-    logs = tmp_path / "logs-2"
-    submit(stages_of(pipeline(tmp_path / "in", tmp_path / "out")), PARTITION, name="prepare", logs=logs)
+    assert command(*there).returncode == 0
     wait_for_jobs()
-    assert (tmp_path / "out" / "train" / "manifest.json").exists(), outputs(logs)
+    assert (output / "train" / "manifest.json").exists(), outputs(logs)
+    assert files_of(output) == files_of(tmp_path / "expected")
+    # And again, when all is there.
+    assert "done already" in command(*there).stdout
+    assert subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_steps_of_the_users_own(slurm: None, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The jobs import this module, for its filter.
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    write_parquet(tmp_path / "in.parquet", ["x" * length for length in range(1, 100)])
+    pipelines = [
+        build_pipeline(tmp_path / "in.parquet", tmp_path / name, steps=[LambdaFilter(keep_most)], gather_tasks=1)
+        for name in ("expected", "out")
+    ]
+    pipelines[0].run()
+    submit(pipelines[1].slurm_stages(), PARTITION, name="prepare", logs=tmp_path / "logs")
+    wait_for_jobs()
+    assert (tmp_path / "out" / "manifest.json").exists(), outputs(tmp_path / "logs")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -19,9 +19,6 @@ from datatrove.utils.logging import logger
 from blt_data.console import print_table
 from blt_data.errors import InputError
 from blt_data.executors.slurm_options import SlurmOptions
-
-if TYPE_CHECKING:
-    from blt_data.building import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,20 +74,6 @@ class _StageExecutor(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove 
         pickled = self.logging_dir.resolve_paths("executor.pik")
         command = f"srun {srun} -l -n {self.nodes_per_task} launch_pickled_pipeline {pickled}"
         return str(self.get_launch_file_contents(self.get_sbatch_args(array), command))
-
-
-def stages_of(pipeline: Pipeline) -> tuple[Stage, Stage, Stage]:
-    """Return the stages of a job that `build_pipeline` made.
-
-    Raises:
-        InputError: bad input, or the job has a limit in bytes, which SLURM's independent tasks cannot keep.
-        OSError: a source cannot be listed.
-    """
-    return (
-        Stage(name="scatter", blocks=pipeline.scatter, ranks=pipeline.scatter_tasks),
-        Stage(name="gather", blocks=pipeline.gather, ranks=pipeline.gather_tasks),
-        Stage(name="finish", blocks=pipeline.finish, ranks=1),
-    )
 
 
 def submit(
