@@ -18,16 +18,19 @@ PIECE = 1 << 16
 """Numbers that a thread works on at once: 256 KiB of float32."""
 
 
+def in_pieces(tensor: Tensor) -> bool:
+    """Whether work on a tensor is worth cutting: eager, on the CPU."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _by_hand(tensor: Tensor) -> bool:
     """Whether the functions here are what is fastest."""
-    wide = tensor.dtype in (torch.float32, torch.float64)
-    return wide and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.dtype in (torch.float32, torch.float64) and in_pieces(tensor)
 
 
-def pieces(tensor: Tensor) -> Iterator[slice]:
-    """Rows of [T, ...] that fit into the threads' caches."""
-    rows = len(tensor)
-    step = max(1, PIECE * torch.get_num_threads() * rows // max(1, tensor.numel()))
+def pieces(rows: int, width: int) -> Iterator[slice]:
+    """Cut rows of so many numbers each into what fits into the threads' caches."""
+    step = max(1, PIECE * torch.get_num_threads() // max(1, width))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
@@ -36,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         result = torch.empty_like(x)
         scales = x.new_empty(len(x), 1)
-        for rows in pieces(x):
+        for rows in pieces(*x.shape):
             scale = torch.linalg.vector_norm(x[rows], dim=-1, keepdim=True).square_().div_(x.shape[-1])
             scales[rows] = scale.add_(eps).rsqrt_()
             torch.mul(x[rows], scale, out=result[rows]).mul_(weight)
@@ -49,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
         (gradient,) = gradients
         result = torch.empty_like(x)
         weight_gradient = torch.zeros_like(weight)
-        for rows in pieces(x):
+        for rows in pieces(*x.shape):
             scale, part, normal = scales[rows], result[rows], x[rows] * scales[rows]
             product = gradient[rows] * normal
             weight_gradient += product.sum(0)
@@ -82,7 +85,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_value: Tensor) -> Tensor:
         rows, double = gate_value.shape
         result = gate_value.new_empty(rows, double // 2)
-        for part in pieces(gate_value):
+        for part in pieces(*gate_value.shape):
             gate, value = gate_value[part].chunk(2, dim=-1)
             torch.mul(F.silu(gate), value, out=result[part])
         ctx.save_for_backward(gate_value)
@@ -92,7 +95,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gate_value,) = ctx.saved_tensors
         result = torch.empty_like(gate_value)
-        for part in pieces(gate_value):
+        for part in pieces(*gate_value.shape):
             gate, value = gate_value[part].chunk(2, dim=-1)
             gate_gradient, value_gradient = result[part].chunk(2, dim=-1)
             gradient = gradients[0][part]

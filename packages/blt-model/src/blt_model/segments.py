@@ -2,19 +2,25 @@
 
 Patches are segments: runs of neighbouring positions. Every function here is linear in tokens, reads sizes from shapes
 only, and has its own backward, which gathers again what the forward gathered: what is kept between the two is no
-larger than the inputs (but for the attention weights, k numbers for each token and head).
+larger than the inputs (but for the attention weights, k numbers for each token and head). On the CPU the gathered
+vectors are made and used piece by piece, and never lie in memory as a whole.
+
+Sums over runs come out the same in every run of a program: on CUDA each is taken by itself, in order, not by atomic
+additions.
 
 Legend: T tokens, P patches, K vectors of a patch, H heads, E head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blt_model.fused import in_pieces, pieces
 from blt_model.packed import segment_of
 
 
@@ -43,10 +49,30 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _sum(values: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Sum [T, ...] over runs to [P, ...], in at least float32."""
+def _sum(values: Tensor, ids: Tensor, count: int, total: Tensor | None = None) -> Tensor:
+    """Sum [T, ...] over runs to [P, ...], in at least float32, and to `total` where there is one."""
     values = _wide(values)
-    return values.new_zeros((count, *values.shape[1:])).index_add_(0, ids, values)
+    if total is None and values.device.type == "cuda":
+        offsets = torch.searchsorted(ids, torch.arange(count + 1, device=ids.device))
+        return torch.segment_reduce(values.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+    total = values.new_zeros((count, *values.shape[1:])) if total is None else total
+    return total.index_add_(0, ids, values)
+
+
+def _rows(tensor: Tensor, width: int) -> Iterator[slice]:
+    """The rows of a tensor in pieces, for work on `width` numbers for each; in one piece off the CPU."""
+    return pieces(len(tensor), width) if in_pieces(tensor) and len(tensor) else iter((slice(None),))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _some(total: Tensor | None) -> Tensor:
+    """What was summed: there is always a piece of rows, if an empty one."""
+    if total is None:
+        raise RuntimeError("no rows were summed")
+    return total
 
 
 def _maximum(values: Tensor, ids: Tensor, count: int) -> Tensor:
@@ -118,48 +144,66 @@ def segment_mean(values: Tensor, segments: Segments) -> Tensor:
 class _PatchesReadBytes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ids: Tensor) -> Tensor:
-        count = len(query)
-        scores = _wide((query[ids] * key[:, None]).sum(-1)) * query.shape[-1] ** -0.5
+        count, width = len(query), query[:1].numel()
+        parts = [_wide((query[ids[rows]] * key[rows, None]).sum(-1)) for rows in _rows(key, width)]
+        scores = _joined(parts) * query.shape[-1] ** -0.5
         weights = (scores - _maximum(scores, ids, count)[ids]).exp_()
         weights = weights / _sum(weights, ids, count)[ids]
         ctx.save_for_backward(query, key, value, ids, weights)
-        return _sum(weights.to(value.dtype)[..., None] * value[:, None], ids, count).to(query.dtype)
+        mixed: Tensor | None = None
+        for rows in _rows(key, width):
+            part = weights[rows].to(value.dtype)[..., None] * value[rows, None]
+            mixed = _sum(part, ids[rows], count, mixed)
+        return _some(mixed).to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, ids, weights = ctx.saved_tensors
-        count = len(query)
-        gradient = gradients[0][ids]
-        weights_gradient = _wide((gradient * value[:, None]).sum(-1))
+        count, width = len(query), query[:1].numel()
+        weights_gradients, value_gradients, key_gradients = [], [], []
+        for rows in _rows(key, width):
+            gradient = gradients[0][ids[rows]]
+            weights_gradients.append(_wide((gradient * value[rows, None]).sum(-1)))
+            value_gradients.append((weights[rows].to(value.dtype)[..., None] * gradient).sum(1))
+        weights_gradient = _joined(weights_gradients)
         mean = _sum(weights * weights_gradient, ids, count)[ids]
         scores = (weights * (weights_gradient - mean) * query.shape[-1] ** -0.5).to(query.dtype)[..., None]
-        query_gradient = _sum(scores * key[:, None], ids, count).to(query.dtype)
-        key_gradient = (scores * query[ids]).sum(1)
-        value_gradient = (weights.to(value.dtype)[..., None] * gradient).sum(1)
-        return query_gradient, key_gradient, value_gradient, None
+        query_gradient: Tensor | None = None
+        for rows in _rows(key, width):
+            query_gradient = _sum(scores[rows] * key[rows, None], ids[rows], count, query_gradient)
+            key_gradients.append((scores[rows] * query[ids[rows]]).sum(1))
+        return _some(query_gradient).to(query.dtype), _joined(key_gradients), _joined(value_gradients), None
 
 
 class _BytesReadPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ids: Tensor) -> Tensor:
-        scores = _wide((query[:, None] * key[ids]).sum(-1)) * query.shape[-1] ** -0.5
-        weights = scores.softmax(dim=1)
-        ctx.save_for_backward(query, key, value, ids, weights)
-        mixed: Tensor = (weights.to(value.dtype)[..., None] * value[ids]).sum(1)
-        return mixed
+        mixed, weights = [], []
+        for rows in _rows(query, key[:1].numel()):
+            scores = _wide((query[rows, None] * key[ids[rows]]).sum(-1)) * query.shape[-1] ** -0.5
+            weights.append(scores.softmax(dim=1))
+            mixed.append((weights[-1].to(value.dtype)[..., None] * value[ids[rows]]).sum(1))
+        ctx.save_for_backward(query, key, value, ids, _joined(weights))
+        return _joined(mixed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, ids, weights = ctx.saved_tensors
         count = len(key)
-        gradient = gradients[0][:, None]
-        weights_gradient = _wide((gradient * value[ids]).sum(-1))
-        mean = (weights * weights_gradient).sum(1, keepdim=True)
-        scores = (weights * (weights_gradient - mean) * query.shape[-1] ** -0.5).to(query.dtype)[..., None]
-        query_gradient = (scores * key[ids]).sum(1)
-        key_gradient = _sum(scores * query[:, None], ids, count).to(key.dtype)
-        value_gradient = _sum(weights.to(value.dtype)[..., None] * gradient, ids, count).to(value.dtype)
-        return query_gradient, key_gradient, value_gradient, None
+        query_gradients = []
+        key_gradient: Tensor | None = None
+        value_gradient: Tensor | None = None
+        for rows in _rows(query, key[:1].numel()):
+            gradient, weight = gradients[0][rows, None], weights[rows]
+            weights_gradient = _wide((gradient * value[ids[rows]]).sum(-1))
+            mean = (weight * weights_gradient).sum(1, keepdim=True)
+            scores = (weight * (weights_gradient - mean) * query.shape[-1] ** -0.5).to(query.dtype)[..., None]
+            query_gradients.append((scores * key[ids[rows]]).sum(1))
+            key_gradient = _sum(scores * query[rows, None], ids[rows], count, key_gradient)
+            part = weight.to(value.dtype)[..., None] * gradient
+            value_gradient = _sum(part, ids[rows], count, value_gradient)
+        key_gradient, value_gradient = _some(key_gradient).to(key.dtype), _some(value_gradient).to(value.dtype)
+        return _joined(query_gradients), key_gradient, value_gradient, None
 
 
 def patches_read_bytes(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
