@@ -1,10 +1,11 @@
-"""Sizes and durations as people write and read them."""
+"""Sizes, durations and directories as people write and read them."""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import click
 
@@ -35,6 +36,22 @@ class ByteSize(click.ParamType[int]):
         if size < 1:
             self.fail("must be at least one byte", param, ctx)
         return size
+
+
+class NewDirectory(click.Path):
+    """A directory to write, as a `Path`; an empty text is refused, as it would mean the working directory."""
+
+    name = "directory"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        # An unset variable of a shell must not turn into the working directory.
+        if value == "":
+            self.fail("is an empty text; name a directory", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def format_bytes(amount: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from blt_data.console import friendly_errors, print_table
+from blt_data.units import NewDirectory
 
 _ENTROPY_MODEL = click.option(
     "--entropy-model",
@@ -17,7 +18,7 @@ _ENTROPY_MODEL = click.option(
 
 @click.command("export", epilog="Example: blt-train export runs/blt --output exported --format transformers")
 @click.argument("source")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--output", required=True, type=NewDirectory(), help="Directory to make.")
 @click.option(
     "--format",
     "layout",
@@ -35,7 +36,7 @@ def export_command(source: str, output: Path, layout: str, entropy_model: Path |
 
 @click.command("import", epilog="Example: blt-train import facebook/blt-1b --output models/blt-1b")
 @click.argument("source")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--output", required=True, type=NewDirectory(), help="Directory to make.")
 @_ENTROPY_MODEL
 @friendly_errors
 def import_command(source: str, output: Path, entropy_model: Path | None) -> None:

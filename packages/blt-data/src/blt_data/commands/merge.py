@@ -11,11 +11,12 @@ from blt_data.console import ByteSize, JobProgress, format_bytes, friendly_error
 from blt_data.merging import MergeConfig, MergePlan, plan_merge, run_merge
 from blt_data.merging.plan import Compression, complete_manifests, needs_reading
 from blt_data.shards import Manifest, ShardEntry, read_manifest, shard_directories
+from blt_data.units import NewDirectory
 
 
 @click.command("merge", epilog="Example: blt-data merge data/2024 data/2025 --output data/both --compression zstd")
 @click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIRECTORY...")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--output", required=True, type=NewDirectory(), help="Directory to make.")
 @click.option(
     "--compression",
     type=click.Choice(["none", "zstd"]),

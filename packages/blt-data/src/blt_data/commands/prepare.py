@@ -28,6 +28,7 @@ from blt_data.ingest import (
 )
 from blt_data.results import print_result
 from blt_data.skips import OnError
+from blt_data.units import NewDirectory
 
 if TYPE_CHECKING:
     from blt_data.executors import Executor
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     help="Instead of --source: a YAML file of several sources, with weights or limits.",
 )
 @click.option("--revision", help="Branch, tag or commit of a source on the hub; the commit goes into the provenance.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--output", required=True, type=NewDirectory(), help="Directory to make.")
 @click.option(
     "--holdout-fraction",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

@@ -15,6 +15,7 @@ from blt_data import Manifest, ShardDirectory, ShardEntry, ShardKind
 from blt_data.console import ByteSize, JobProgress, format_bytes, friendly_errors, print_table, progress
 from blt_data.executors import Report
 from blt_data.framing import FRAME_TOKENS
+from blt_data.units import NewDirectory
 from blt_patcher.batching import compare_batchings
 from blt_patcher.calibrate import Sample, calibrate, take_sample
 from blt_patcher.commands.entropy_source import EntropySource, entropy_source
@@ -39,7 +40,7 @@ _ENTROPY_BYTES = 2
     "--only-shards 0-9, … --only-shards 10-19",
 )
 @click.argument("byte_shards", metavar="BYTES", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write.")
+@click.option("--output", required=True, type=NewDirectory(), metavar="DIR", help="Directory to write.")
 @click.option("--entropy-model", type=click.Path(path_type=Path), metavar="M", help="Model or run.")
 @sample_option
 @click.option(

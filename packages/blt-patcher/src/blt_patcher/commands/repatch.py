@@ -10,6 +10,7 @@ import click
 from blt_data import ShardDirectory, ShardKind
 from blt_data.console import friendly_errors, progress
 from blt_data.framing import FRAME_TOKENS
+from blt_data.units import NewDirectory
 from blt_patcher.calibrate import calibrate, take_sample
 from blt_patcher.commands.options import SchemeChoice, sample_option, scheme_choice_options
 from blt_patcher.commands.results import print_result
@@ -25,7 +26,7 @@ _KEEP = {"float16": True, "none": False, None: None}
     "Another scheme: blt-patch repatch data/patched --output data/space --scheme space --entropies none",
 )
 @click.argument("patched_shards", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write.")
+@click.option("--output", required=True, type=NewDirectory(), metavar="DIR", help="Directory to write.")
 @sample_option
 @click.option(
     "--entropies",
