@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -253,6 +254,30 @@ def test_prepare_reports_a_bad_file_and_finishes_the_rest(
     assert starts[0].tasks_resumed == starts[0].tasks - 1
 
 
+def test_the_command_on_the_cluster(
+    two_nodes: TwoNodes, corpus: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "blt_data.cli", "prepare", "--source", str(corpus), "--shard-size", "10kB"]
+    command += ["--holdout-fraction", "0.2", "--executor", "ray", "--ray-address", two_nodes.address]
+    # A relative path, from a folder in which no worker is.
+    command += ["--output", "out"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False, env=clean_environment()
+        )
+
+    refused = run("--ray-memory", "900TB", "--ray-timeout", "1")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "error: the Ray cluster had no place for a worker for 1 s" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    done = run("--workers", "3")
+    assert done.returncode == 0, done.stderr
+    assert "raylet" not in done.stderr
+    assert "Ray" not in done.stdout + done.stderr
+    assert files_of(tmp_path / "out") == expected
+
+
 def greeting(token: Path | None, version: str | None = None) -> Greeting:
     here = version or metadata.version("blt-data")
     return Greeting(
@@ -381,13 +406,15 @@ def test_a_driver_prints_its_own_words_alone(two_nodes: TwoNodes, tmp_path: Path
     assert output == "[3] [(0, 0), (1, 1), (2, 4)]\n"
 
 
-def test_a_driver_killed_leaves_no_worker(two_nodes: TwoNodes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_driver_killed_leaves_no_worker(two_nodes: TwoNodes, tmp_path: Path, number: signal.Signals) -> None:
     process = driver(two_nodes, tmp_path, 600.0)
     paths = [tmp_path / "pid-0", tmp_path / "pid-1"]
     wait_for(lambda: all(path.exists() and path.read_text() for path in paths))
     workers = [psutil.Process(int(path.read_text())) for path in paths]
-    process.kill()
-    process.communicate()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
 

@@ -46,7 +46,7 @@ class RayExecutor:
         num_gpus: GPUs that each actor reserves.
         memory: bytes of memory that each actor reserves, or None.
         name: what the dashboard shows, as namespace, job and actor names.
-        packages: distributions that workers must have in the version that they have here.
+        packages: distributions that workers must have in the version that they have here, if they are installed here.
         runtime_env: Ray's runtime environment of the job.
         place_timeout: seconds after which a run fails if no actor at all could be placed.
         hang_timeout: seconds after which a task that neither reports nor ends is ended and tried again.
@@ -144,7 +144,7 @@ class RayExecutor:
         )
         with _token(shared_directory) as (token, content):
             greeting = Greeting(
-                packages={package: metadata.version(package) for package in self._packages},
+                packages=_installed(self._packages),
                 token=token,
                 content=content,
                 environment={variable: os.environ[variable] for variable in _FORWARDED if variable in os.environ},
@@ -179,6 +179,15 @@ class RayExecutor:
                 "it must not hold open files, locks or connections"
             ) from error
         return data
+
+
+def _installed(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed here; others are imported from a folder."""
+    versions = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 @contextmanager
