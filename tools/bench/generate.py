@@ -9,8 +9,9 @@ The weights are random, the prompts this Python's own standard library. transfor
 shipped, so the reference is what it would do without cache: one forward over everything, patcher included, for each
 byte. That is measured on a few bytes only (`--reference-bytes`), and where `--reference-lengths` says. Ours generates
 `--bytes` bytes from every prompt; its rate counts the forward over the prompt too, unless it says "steps". Both sides
-sample nothing: the likeliest byte is taken (random weights repeat themselves, which changes no cost; the patch length
-that results is shown, and `max_patch_length` keeps it near that of text).
+take the likeliest byte. Entropies of random weights say nothing, so the threshold lies above them all and
+`max_patch_length` cuts every fourth byte: both sides run their entropy model all the same, and patches are as long in
+every row of the table.
 
 Latent steps are those that generation counted; beside them stand the patches of the finished texts, cut anew by the
 batch kernel from entropies of whole documents. The last line is JSON.
@@ -110,8 +111,8 @@ def entropies_of(model: ByteLM, content: bytes) -> np.ndarray[Any, np.dtype[np.f
     return result
 
 
-def prepare(name: str, text: bytes) -> Models:
-    """Random weights, a threshold for a mean patch of about 4.5 bytes of text, and transformers' copy of all."""
+def prepare(name: str) -> Models:
+    """Random weights, patches of four bytes, and transformers' copy of all."""
     from transformers.models.blt.modeling_blt import BltForCausalLM
 
     blt_config, lm_config = configs(name)
@@ -119,8 +120,7 @@ def prepare(name: str, text: bytes) -> Models:
     with torch.no_grad():
         # Documents that end early would cost both sides nothing, and measure nothing.
         blt.decoder.head.weight[2] = 0
-    values = entropies_of(lm, text[:4000]).astype(np.float64)
-    scheme = EntropyScheme(threshold=float(np.quantile(values, 1 - 1 / 4.5)), max_patch_length=8)
+    scheme = EntropyScheme(threshold=100.0, max_patch_length=4)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         save_transformers(blt, directory, entropy_model=lm, patching=scheme_to_json(scheme))
@@ -231,7 +231,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     text = (inspect.getsource(argparse) + inspect.getsource(inspect)).encode()
-    models = prepare(options.model, text)
+    models = prepare(options.model)
     print(
         f"{models.parameters:,} parameters (entropy model included), float32, {options.threads} threads; transformers "
         f"measured on {options.reference_bytes} bytes, ours on {options.bytes} a prompt, prompt's forward included"
