@@ -118,6 +118,36 @@ def test_threads_change_nothing(scheme: PatchScheme, monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(many.offsets, one.offsets)
 
 
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_room_that_was_guessed_too_small_is_found_again(scheme: PatchScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(13)
+    sizes = [200, *rng.integers(0, 90, 60).tolist(), 900]
+    # The first documents hold few patches, so that what comes takes several times the room that they ask for.
+    documents = [b"a" * 200] + [rng.choice(np.frombuffer(b"ab .", np.uint8), size).tobytes() for size in sizes[1:]]
+    content, offsets = join(documents)
+    entropies = np.concatenate([np.zeros(202), rng.exponential(3, content.size + 2 * len(sizes) - 202)])
+    plain = patch_documents(scheme, content, offsets, entropies.astype(np.float16), threads=1)
+    pieces = []
+    joined = boundaries._joined
+
+    def watched(found: list[npt.NDArray[np.uint16]]) -> npt.NDArray[np.uint16]:
+        pieces.append(len(found))
+        return joined(found)
+
+    monkeypatch.setattr(boundaries, "_joined", watched)
+    monkeypatch.setattr(boundaries, "PROBE_TOKENS", 150)
+    guessed = patch_documents(scheme, content, offsets, entropies.astype(np.float16), threads=1)
+    np.testing.assert_array_equal(guessed.lengths, plain.lengths)
+    np.testing.assert_array_equal(guessed.offsets, plain.offsets)
+    if scheme == EntropyScheme(threshold=1.9):
+        assert pieces[0] > 1
+    broken = entropies.astype(np.float16)
+    broken[-3] = np.nan
+    if scheme.needs_entropies:
+        with pytest.raises(InputError, match=f"document {len(sizes) - 1} has an entropy"):
+            patch_documents(scheme, content, offsets, broken, threads=1)
+
+
 def test_patches_longer_than_uint16_are_split() -> None:
     content = bytes(200_000)
     quiet = np.zeros(200_002, np.float16)

@@ -37,6 +37,9 @@ from blt_patcher.windows import framed_offsets
 #: Below this many tokens a second thread costs more than it saves.
 TOKENS_PER_THREAD: Final = 1 << 21
 
+#: Tokens that are patched to see how much room the lengths of many more will take.
+PROBE_TOKENS: Final = 1 << 16
+
 _INT64_MAX: Final = 2**63 - 1
 
 _NO_BITS: Final = np.empty(0, dtype=np.uint16)
@@ -187,7 +190,12 @@ def _patched(scheme: PatchScheme, sequences: _Sequences, threads: int | None) ->
     pieces, counts = _run(scheme, sequences, threads, write=True)
     offsets = np.zeros(counts.size + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
-    return PatchedDocuments(lengths=pieces[0] if len(pieces) == 1 else np.concatenate(pieces), offsets=offsets)
+    return PatchedDocuments(lengths=_joined(pieces), offsets=offsets)
+
+
+def _joined(pieces: Sequence[npt.NDArray[np.uint16]]) -> npt.NDArray[np.uint16]:
+    """Return arrays end to end, without a copy where there is one."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate([_NO_BITS, *pieces])
 
 
 def _run(
@@ -195,25 +203,52 @@ def _run(
 ) -> tuple[Sequence[npt.NDArray[np.uint16]], npt.NDArray[np.int64]]:
     """Run the kernel, on a few threads where that pays; return the lengths piece by piece, and counts per document."""
     offsets = sequences.token_offsets
-    counts = np.empty(offsets.size - 1, dtype=np.int64)
-    kernel = _kernel(scheme, sequences)
+    counts = np.zeros(offsets.size - 1, dtype=np.int64)
+    kernel, limit = _kernel(scheme, sequences), scheme.length_limit
 
-    def run(bounds: tuple[int, int]) -> npt.NDArray[np.uint16]:
+    def run(bounds: tuple[int, int]) -> list[npt.NDArray[np.uint16]]:
         begin, end = bounds
-        # One place per token is room for any patching; memory that no length reaches is never touched.
-        room = np.empty(int(offsets[end] - offsets[begin]) + kernels.SLACK if write else 0, dtype=np.uint16)
-        broken = kernel(scheme.length_limit, begin, end, room, counts)
-        if broken >= 0:
-            raise InputError(
-                f"document {broken} has an entropy that is not a finite number; score it again with a sound model"
-            )
-        return room[: int(counts[begin:end].sum())] if write else room
+        pieces = []
+        while begin < end:
+            room = np.empty(_room(kernel, offsets, begin, end, counts, limit) if write else 0, dtype=np.uint16)
+            stopped = kernel(limit, begin, end, room, counts)
+            if stopped < end and counts[stopped] < 0:
+                raise InputError(
+                    f"document {stopped} has an entropy that is not a finite number; score it again with a sound model"
+                )
+            pieces.append(room[: int(counts[begin:stopped].sum())] if write else room)
+            begin = stopped
+        return pieces
 
     ranges = _split_documents(offsets, threads)
     if len(ranges) == 1:
-        return [run(ranges[0])], counts
+        return run(ranges[0]), counts
     with ThreadPoolExecutor(len(ranges), thread_name_prefix="blt-patch") as pool:
-        return list(pool.map(run, ranges)), counts
+        return [piece for pieces in pool.map(run, ranges) for piece in pieces], counts
+
+
+def _room(
+    kernel: Callable[..., int],
+    offsets: npt.NDArray[np.int64],
+    begin: int,
+    end: int,
+    counts: npt.NDArray[np.int64],
+    limit: int,
+) -> int:
+    """Return how many lengths to make room for.
+
+    One per token is enough for any patching, but much memory that is new to the process takes time. So where there is
+    much to do, the first documents tell how much to expect; the kernel stops where that is too little.
+    """
+    tokens = int(offsets[end] - offsets[begin])
+    most = tokens + kernels.SLACK
+    probe = int(np.searchsorted(offsets, offsets[begin] + PROBE_TOKENS))
+    if tokens < 16 * PROBE_TOKENS or not begin < probe < end:
+        return most
+    if kernel(limit, begin, probe, np.empty(0, dtype=np.uint16), counts) < probe:
+        return most
+    found = int(counts[begin:probe].sum()) / int(offsets[probe] - offsets[begin])
+    return min(most, int(1.05 * found * tokens) + int(np.diff(offsets[begin : end + 1]).max()) + kernels.SLACK)
 
 
 def _documents(
@@ -305,7 +340,7 @@ def _kernel(scheme: PatchScheme, sequences: _Sequences) -> Callable[..., int]:
 
     Returns:
         A function of the longest patch, the first and one past the last sequence, room for lengths, and int64 [D] for
-        their numbers by sequence; it returns -1, or the first sequence with an entropy that is not finite.
+        their numbers by sequence; it returns the first sequence not patched, see `kernels.patch_range`.
     """
     # All read-only, or each mixture of kinds would be compiled for itself.
     offsets = _read_only(sequences.token_offsets)

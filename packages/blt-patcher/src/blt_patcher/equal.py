@@ -34,16 +34,18 @@ def patch_equally(
         limit: the longest patch, in tokens, up to 65,535; a longer one is split into as long ones as may be.
         begin: first document.
         end: one past the last document.
-        out: uint16 with room for one length per token of these documents, written end to end; empty to count alone.
+        out: uint16, their lengths are written end to end; empty to count alone.
         counts: int64 [D] the number of patches of each document, written.
 
     Returns:
-        -1: nothing can be wrong, as it can in `kernels.patch_range`.
+        The first document not patched: `end`, or one that might pass the end of `out`, which takes a place per token.
     """
     filled = 0
     for d in range(begin, end):
         tokens = token_offsets[d + 1] - token_offsets[d]
         before = filled
+        if out.size and filled + tokens > out.size:
+            return d
         if tokens:
             filled = _fill_equal(out, filled, 1, 1)
             tokens -= 1
@@ -57,4 +59,4 @@ def patch_equally(
             if patch % limit:
                 filled = _fill_equal(out, filled, patch % limit, 1)
         counts[d] = filled - before
-    return -1
+    return end

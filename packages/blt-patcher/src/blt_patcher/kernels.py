@@ -41,10 +41,9 @@ U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-#: Bit patterns of entropies: uint16 of float16 or uint32 of float32.
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
-# Rules by number: a kernel takes a number, so that one compilation serves all schemes.
+# Rules by number, so that one compilation serves all schemes.
 RULE_ENTROPY: Final = 0
 RULE_MONOTONIC: Final = 1
 RULE_COMBINED: Final = 2
@@ -567,8 +566,7 @@ def patch_range(
 
     Args:
         rule: one of the RULE_ numbers.
-        data: space: uint8 all documents' bytes; flags: uint8 [T], by framed token, where a patch starts. At least
-            `SLACK` items where the rule reads them, as of `bits`.
+        data: space: uint8 all bytes; flags: uint8 [T], by framed token. `SLACK` items at least, if read; so `bits`.
         data_offsets: int64 [D + 1] where each document begins in `data`.
         bits: bit patterns of the entropy after each of the T framed tokens, where the rule reads them.
         token_offsets: int64 [D + 1] where each document's tokens begin in `bits`, from 0 to T.
@@ -578,23 +576,25 @@ def patch_range(
         limit: the longest patch, in tokens, up to 65,535.
         begin: first document.
         end: one past the last document.
-        out: uint16 with room for one length per token of these documents and `SLACK` more; their lengths are written
-            end to end. Empty to count alone.
-        counts: int64 [D] the number of patches of each document, written.
+        out: uint16, their lengths are written end to end; empty to count alone.
+        counts: int64 [D] the number of patches of each document, written; -1 if an entropy is not finite.
 
     Returns:
-        -1, or the first document found to have an entropy that is not finite.
+        The first document not patched: `end`, or one with an entropy that is not finite, or one that might pass the
+        end of `out`, which takes one place per token and `SLACK` more.
     """
     starts = np.empty(BLOCK // WORD, dtype=np.uint64)
     filled = 0
     for d in range(begin, end):
         tokens = token_offsets[d + 1] - token_offsets[d]
         before = filled
+        if out.size and filled + tokens + SLACK > out.size:
+            return d
         if tokens:
             # A flag is that of the token itself, which bit 0 of the first word is for token 1.
             place = data_offsets[d] + (rule == RULE_FLAGS) if rule >= RULE_SPACE else token_offsets[d]
             filled = _patch_one(rule, data, bits, place, tokens, flip, key, relative, limit, out, filled, starts)
-            if filled < 0:
-                return d
-        counts[d] = filled - before
-    return -1
+        counts[d] = filled - before if filled >= 0 else -1
+        if filled < 0:
+            return d
+    return end
