@@ -7,7 +7,7 @@ from torch import Tensor
 from blt_model.attention import AttentionBackend, attend, plan_attention, resolve_backend
 from blt_model.errors import ModelError
 
-SDPA, VARLEN = AttentionBackend.SDPA, AttentionBackend.VARLEN
+SDPA, VARLEN, FLEX = AttentionBackend.SDPA, AttentionBackend.VARLEN, AttentionBackend.FLEX
 OFFSETS = {
     "one document": [0, 75],
     "many": [0, 1, 2, 20, 52, 53, 75],
@@ -120,15 +120,45 @@ def test_varlen_reads_what_is_carried(window: int, valid: int) -> None:
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention runs on CUDA")
+@pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS.keys())
+@pytest.mark.parametrize("window", [None, 16, 300])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-5)])
+def test_flex_equals_the_reference(
+    offsets: list[int], window: int | None, kv_heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    # Each case is a shape of its own to torch, which would stop compiling at the ninth.
+    torch.compiler.reset()
+    compare(FLEX, offsets, window, kv_heads=kv_heads, device="cuda", dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention runs on CUDA")
+@pytest.mark.parametrize(("window", "valid"), [(16, 0), (16, 15), (16, 4), (40, 39), (100, 7)])
+def test_flex_reads_what_is_carried(window: int, valid: int) -> None:
+    torch.compiler.reset()
+    half = torch.bfloat16
+    compare(FLEX, OFFSETS["many"], window, carried=window - 1, valid=valid, device="cuda", dtype=half, tolerance=3e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_sdpa_on_cuda_equals_the_reference(window: int | None, kv_heads: int) -> None:
+    compare(SDPA, OFFSETS["many"], window, kv_heads=kv_heads, device="cuda", dtype=torch.float32, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("window", [16, None])
 def test_memory_is_linear_in_tokens(window: int | None) -> None:
     """Twice the documents take twice the places (of masks and rectangles), not four times."""
 
     def places(num_documents: int) -> int:
         offsets = torch.arange(num_documents + 1, dtype=torch.int32) * 50
-        plan = plan_attention(offsets, 50 * num_documents, window=window, backend=SDPA)
+        carried = 0 if window is None else window - 1
+        plan = plan_attention(offsets, 50 * num_documents, window=window, backend=SDPA, carried=carried)
         if plan.mask is not None:
             return plan.mask.numel()
+        assert plan.rectangles
         return sum(rectangle.count * rectangle.length for rectangle in plan.rectangles)
 
     assert places(64) == 2 * places(32)

@@ -81,3 +81,42 @@ def test_weights_do_not_overflow() -> None:
     """Scores of thousands, as an untrained or diverging model may give."""
     query, key, value = (1e3 * random(*shape) for shape in ((len(RUNS), 2, 2, 4), (30, 2, 4), (30, 2, 4)))
     assert patches_read_bytes(query.float(), key.float(), value.float(), SEGMENTS).isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_sums_on_cuda_come_out_the_same_every_time_and_as_on_the_cpu() -> None:
+    offsets = torch.cat([torch.arange(0, 9000, 7), torch.tensor([9000, 9000])]).int()
+    segments = Segments.from_offsets(offsets.cuda(), 9000)
+    count = segments.count
+    leaves = [random(*shape).float().detach() for shape in ((9000, 2, 16), (count, 3, 2, 16), (count, 3, 2, 16))]
+    gradient = random(9000, 2, 16).float().detach()
+
+    def gradients(device: str) -> tuple[Tensor, ...]:
+        query, key, value = (leaf.to(device).requires_grad_() for leaf in leaves)
+        runs = Segments.from_offsets(offsets.to(device), 9000)
+        return torch.autograd.grad(
+            bytes_read_patches(query, key, value, runs), (query, key, value), gradient.to(device)
+        )
+
+    first = gradients("cuda")
+    for one, again, cpu in zip(first, gradients("cuda"), gradients("cpu"), strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one.cpu(), cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 40, 1000])
+@pytest.mark.parametrize("k", [1, 3])
+def test_pieces_of_any_size_give_the_same(piece: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    patches, read = random(len(RUNS), k, 2, 4), (random(30, 2, 4), random(31, 2, 4)[1:])
+    others = random(30, 2, 4), random(len(RUNS), k, 2, 4), random(len(RUNS) + 1, k, 2, 4)[1:]
+
+    def results() -> list[Tensor]:
+        outputs = [patches_read_bytes(patches, *read, SEGMENTS), bytes_read_patches(*others, SEGMENTS)]
+        total = sum(output.square().sum() for output in outputs)
+        assert isinstance(total, Tensor)
+        return [*outputs, *torch.autograd.grad(total, [patches, *read, *others])]
+
+    expected = results()
+    monkeypatch.setattr("blt_model.fused.PIECE", piece)
+    for one, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(one, other)
