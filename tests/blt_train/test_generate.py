@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from tests.blt_train.samples import byte_config, text_documents, write_patched
 
 from blt_data import frame
-from blt_model import Request, SamplingOptions, next_byte_entropy, pack_documents
+from blt_model import ByteLM, Request, SamplingOptions, next_byte_entropy, pack_documents
 from blt_model.weights.native import model_fingerprint, save_model
 from blt_patcher import EntropyScheme
 from blt_train.cli import main
@@ -176,6 +176,7 @@ def test_killed_while_completing(blt_run: Path, tmp_path: Path) -> None:
 
 def test_a_journal_of_another_job_is_refused(blt_run: Path, tmp_path: Path) -> None:
     opened = open_model(blt_run, device="cpu")
+    assert opened.entropy_model is not None
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     write_prompts(path, sample_rows(3))
     prompts = PromptFile(path, Request(prompt=b"", max_new_bytes=5))
@@ -185,9 +186,22 @@ def test_a_journal_of_another_job_is_refused(blt_run: Path, tmp_path: Path) -> N
     other = dataclasses.replace(prompts, defaults=Request(prompt=b"", max_new_bytes=6))
     with pytest.raises(ValueError, match=r"belongs to a job with another options; remove it"):
         next(complete_file(opened, other, output, rows=1, total=3))
+    scorer = fresh_model(opened.entropy_model.config, 7)
+    assert isinstance(scorer, ByteLM)
+    stranger = dataclasses.replace(opened, entropy_model=scorer)
+    with pytest.raises(ValueError, match="another entropy model"):
+        next(complete_file(stranger, prompts, output, rows=1, total=3))
+    kept = path.read_bytes()
     write_prompts(path, sample_rows(4))
     with pytest.raises(ValueError, match="another prompts"):
         next(complete_file(opened, prompts, output, rows=1, total=4))
+    path.write_bytes(kept)
+    journal_of(output).write_bytes(journal_of(output).read_bytes() + b"}{\n")
+    with pytest.raises(ValueError, match="is damaged; remove it"):
+        next(complete_file(opened, prompts, output, rows=1, total=3))
+    # Of a journal whose first line was cut off, nothing is left to keep.
+    journal_of(output).write_bytes(b'{"prompts": "')
+    assert len(list(complete_file(opened, prompts, output, rows=2, total=3))) == 3
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from blt_data.errors import InputError
 from blt_model import Completion, ModelError, Request, SamplingOptions
 from blt_model.weights.native import model_fingerprint
+from blt_patcher import scheme_to_json
 from blt_train.files import naming, sync
 from blt_train.generation import generator_of
 from blt_train.models import OpenedModel
@@ -150,17 +151,20 @@ class Journal:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                row = json.loads(line)
-                if end == 0:
-                    self._check(row)
-                else:
-                    self.places[row["line"]] = end
+                try:
+                    row = json.loads(line)
+                    if end == 0:
+                        self._check(row)
+                    else:
+                        self.places[row["line"]] = end
+                except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+                    raise InputError(f"{self.path}: is damaged; remove it to begin anew") from None
                 end += len(line)
         return end
 
     def _check(self, identity: object) -> None:
         given = identity if isinstance(identity, dict) else {}
-        changed = [key for key, value in self._identity.items() if given.get(key) != value]
+        changed = [key.replace("_", " ") for key, value in self._identity.items() if given.get(key) != value]
         if changed:
             raise InputError(
                 f"{self.path}: belongs to a job with another {changed[0]}; remove it to begin anew, or name another "
@@ -264,7 +268,14 @@ def _identity(opened: OpenedModel, prompts: PromptFile) -> dict[str, Any]:
     options = asdict(prompts.defaults)
     options["prompt"] = None
     options["stop"] = [stop.hex() for stop in prompts.defaults.stop]
-    return {"prompts": prompts.digest(), "model": model_fingerprint(opened.model), "options": options}
+    scorer = opened.entropy_model
+    return {
+        "prompts": prompts.digest(),
+        "model": model_fingerprint(opened.model),
+        "entropy_model": None if scorer is None else model_fingerprint(scorer),
+        "patch_scheme": None if opened.scheme is None else scheme_to_json(opened.scheme),
+        "options": options,
+    }
 
 
 def completed_row(row: Mapping[str, Any], completion: Completion) -> dict[str, Any]:
