@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from blt_data import InputError, ShardDirectory
 from blt_data.documents import DocumentBatch
-from blt_data.gather import GatherOptions, Scratch, gather
+from blt_data.gather import GatherOptions, gather
 from blt_data.groups import Spilled, plan_groups
 from blt_data.ingest import PrepareConfig, PrepareResult, TasksFailedError, prepare
 from blt_data.jobs import ScatterTask
@@ -30,6 +30,7 @@ from blt_data.plan import Plan, plan_tasks
 from blt_data.recipe import Recipe, SourceSpec
 from blt_data.records import Beyond, ScatterRecord, read_scatter_record, write_scatter_record
 from blt_data.scatter import Scatter, ScatterOptions
+from blt_data.scratch import Scratch
 from blt_data.shards import Shard
 from blt_data.skips import OnError, Skips
 from blt_data.splits import split_of
@@ -105,7 +106,7 @@ def scatter_and_gather(
     for task, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(files)], strict=True)):
         place = folder / "scatter" / str(task)
         place.mkdir(parents=True)
-        with Scatter(place, options) as scatter:
+        with Scatter(place, options, scratch=Scratch()) as scatter:
             for unit in range(start, stop):
                 if files[unit]:
                     scatter.add(batch_of(files[unit]), unit)

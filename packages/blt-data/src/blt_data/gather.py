@@ -16,6 +16,7 @@ from blt_data.groups import GroupPlan, Piece
 from blt_data.ordering import MAX_DOCUMENTS, Ordering
 from blt_data.records import GatherRecord, write_gather_record
 from blt_data.scatter import DUPLICATE, first_of_equal
+from blt_data.scratch import Scratch
 from blt_data.shards import JSON, ShardEntry, ShardKind, write_shard
 from blt_data.skips import Skips
 from blt_data.spill import ROW, Rows, SpillReader, damaged
@@ -44,21 +45,6 @@ class Documents:
     document_ids: pa.StringArray
     contents: pa.LargeBinaryArray
     sources: pa.DictionaryArray
-
-
-class Scratch:
-    """Memory for contents that is used again and again: fresh memory costs more than reading into it."""
-
-    def __init__(self) -> None:
-        self._data = np.empty(0, np.uint8)
-
-    def take(self, size: int) -> npt.NDArray[np.uint8]:
-        """Return uint8 [size], whose use ends what was returned before."""
-        if size > len(self._data):
-            # First let go of the old one, so that there are never two.
-            self._data = np.empty(0, np.uint8)
-            self._data = np.empty(size, np.uint8)
-        return self._data[:size]
 
 
 class Group:

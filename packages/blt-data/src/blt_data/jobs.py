@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from blt_data.errors import InputError
-from blt_data.gather import GatherOptions, Scratch, gather
+from blt_data.gather import GatherOptions, gather
 from blt_data.groups import GroupPlan, Spilled, plan_groups
 from blt_data.reading import Reading, Unit
 from blt_data.records import GatherRecord, ScatterRecord, read_gather_record, read_scatter_record
 from blt_data.scatter import ScatterOptions
+from blt_data.scratch import Scratch
 from blt_data.shards import MANIFEST_NAME
 from blt_data.skips import OnError, Skips
 from blt_data.splits import split_directory

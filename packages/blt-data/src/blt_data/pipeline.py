@@ -26,12 +26,13 @@ from datatrove.pipeline.base import PipelineStep
 from blt_data.documents import DocumentBatch
 from blt_data.errors import InputError
 from blt_data.finishing import finish_job
-from blt_data.gather import Group, Scratch
+from blt_data.gather import Group
 from blt_data.groups import GroupPlan
 from blt_data.jobs import Job, ScatterTask
 from blt_data.readers import OpenParquet, read_unit
 from blt_data.records import ScatterRecord, StepCount, read_scatter_record, write_scatter_record
 from blt_data.scatter import Scatter
+from blt_data.scratch import Scratch
 from blt_data.skips import ErrorPolicy, OnError, Skips
 from blt_data.workdir import working_directory
 
@@ -166,6 +167,7 @@ class SpillWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         self.report: Callable[[int, int, int], None] = _silent
         self.record: ScatterRecord | None = None
         """Of the last task."""
+        self.scratch = Scratch()
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Write all documents; those that came as Documents are yielded on.
@@ -188,6 +190,7 @@ class SpillWriter(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         with Scatter(
             folder,
             self.job.scatter,
+            scratch=self.scratch,
             limit_bytes=task.limit_bytes,
             report=lambda documents, content_bytes: self.report(0, documents, content_bytes),
         ) as scatter:

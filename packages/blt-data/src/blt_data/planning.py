@@ -26,6 +26,14 @@ from blt_data.skips import ErrorPolicy, Skips
 from blt_data.sources import Format
 from blt_data.splits import splits_of_run
 
+#: Memory that a scatter task collects before it writes a sub-run, at least, if there is as much. More memory than is of
+#: use costs time: what is used again and again is there already.
+_BUFFER: Final = 64 << 20
+
+#: Sub-runs grow with the corpus, so that what a shard gets of each does not become too small to be read at a stretch:
+#: for shards of 64 MiB, 128 KiB.
+_LARGEST_SHARE: Final = 512
+
 #: What decides the output beside the sources.
 _OPTIONS: Final = (
     "holdout_fraction",
@@ -120,7 +128,13 @@ def plan_job(
         tasks = [
             ScatterTask(index=rank, name=f"rank {rank}", key=f"{rank}/{reader.tasks}") for rank in range(reader.tasks)
         ]
-    ordering = _ordering(config, tasks, limits, reader)
+    expected_bytes = _expected(tasks, limits, reader)
+    ordering = Ordering.of(
+        seed=config.shuffle_seed,
+        deduplicate=config.deduplicate,
+        shard_bytes=config.shard_bytes,
+        expected_bytes=expected_bytes,
+    )
     memory = plan_memory(
         limit_bytes=config.memory_limit,
         workers=workers,
@@ -128,7 +142,14 @@ def plan_job(
         shard_bytes=config.shard_bytes,
         unit_bytes=_largest_part(tasks),
     )
-    job = _job(config, output, ordering, memory, provenance, sources, skipped=plan.skipped, durable=not on_one_machine)
+    scatter = ScatterOptions(
+        ordering=ordering,
+        splits=splits_of_run(config.holdout_fraction),
+        holdout_fraction=config.holdout_fraction,
+        durable=not on_one_machine,
+        buffer_bytes=min(memory.buffer_bytes, max(_BUFFER, expected_bytes // _LARGEST_SHARE)),
+    )
+    job = _job(config, output, scatter, provenance, sources, plan.skipped)
     return PlannedJob(
         job=job,
         tasks=tuple(_keyed(tasks, config, ordering, provenance)),
@@ -142,28 +163,18 @@ def plan_job(
 def _job(
     config: PrepareConfig,
     output: Path,
-    ordering: Ordering,
-    memory: MemoryPlan,
+    scatter: ScatterOptions,
     provenance: Mapping[str, JSON],
     sources: Sequence[PlannedSource],
-    *,
     skipped: Skips,
-    durable: bool,
 ) -> Job:
-    splits = splits_of_run(config.holdout_fraction)
     recipe = config.recipe
     return Job(
         output=output,
-        scatter=ScatterOptions(
-            ordering=ordering,
-            splits=splits,
-            holdout_fraction=config.holdout_fraction,
-            durable=durable,
-            buffer_bytes=memory.buffer_bytes,
-        ),
+        scatter=scatter,
         gather=GatherOptions(
-            ordering=ordering,
-            provenance={split: {**provenance, "split": split} for split in splits},
+            ordering=scatter.ordering,
+            provenance={split: {**provenance, "split": split} for split in scatter.splits},
             sources=tuple(item.reading.source for item in sources) or None,
             shard_bytes=config.shard_bytes,
             compression=config.compression,
@@ -180,21 +191,15 @@ def _limits(recipe: Recipe, sources: Sequence[PlannedSource]) -> Limits:
     return Limits(total_bytes=recipe.undivided_bytes, of_source=of_source)
 
 
-def _ordering(
-    config: PrepareConfig, tasks: Sequence[ScatterTask], limits: Limits, reader: ForeignReader | None
-) -> Ordering:
+def _expected(tasks: Sequence[ScatterTask], limits: Limits, reader: ForeignReader | None) -> int:
+    """Return the content bytes of all documents, as near as can be told before reading."""
     expected: dict[int, int] = {}
     for task in tasks:
         expected[task.source] = expected.get(task.source, 0) + task.expected_bytes
     total = sum(min(size, limits.of_source.get(source, size)) for source, size in expected.items())
     if reader is not None:
         total = reader.expected_bytes
-    return Ordering.of(
-        seed=config.shuffle_seed,
-        deduplicate=config.deduplicate,
-        shard_bytes=config.shard_bytes,
-        expected_bytes=total if limits.total_bytes is None else min(total, limits.total_bytes),
-    )
+    return total if limits.total_bytes is None else min(total, limits.total_bytes)
 
 
 def _largest_part(tasks: Sequence[ScatterTask]) -> int:

@@ -23,6 +23,7 @@ from blt_data.records import (
     fresh_name,
     write_index,
 )
+from blt_data.scratch import Scratch
 from blt_data.shards.schema import column_buffers
 from blt_data.skips import Skips
 from blt_data.spill import ROW, Rows, SpillFile
@@ -52,9 +53,12 @@ class ScatterOptions:
 
 @dataclass(slots=True)
 class _Buffered:
-    batch: DocumentBatch
     table: Rows
-    """`ROW` [n]; `content` and `id` are the lengths as long as the batch waits."""
+    """`ROW` [n]; `content` and `id` are the lengths as long as the documents wait."""
+    ids: pa.Array
+    """large_string [n]."""
+    starts: npt.NDArray[np.int64]
+    """int64 [n]: where in the buffer each content begins."""
 
 
 class Scatter:
@@ -63,6 +67,7 @@ class Scatter:
     Args:
         folder: the task's folder, which must exist.
         options: of the job.
+        scratch: memory for the contents until they are written.
         limit_bytes: content bytes at which the task ends, whole documents only; None takes all.
         report: told of documents and content bytes since its last call.
     """
@@ -72,6 +77,7 @@ class Scatter:
         folder: Path,
         options: ScatterOptions,
         *,
+        scratch: Scratch,
         limit_bytes: int | None = None,
         report: Callable[[int, int], None] = lambda documents, content_bytes: None,
     ) -> None:
@@ -82,8 +88,9 @@ class Scatter:
         self._boot = None if options.durable else boot_id()
         self._segments = Segments(options.ordering.segment_bytes)
         self._sources: dict[str, int] = {}
+        self._data = scratch.take(options.buffer_bytes)
         self._buffer: list[_Buffered] = []
-        self._buffered = 0
+        self._filled = self._beside = 0
         self._counts: list[CellCounts] = []
         self._starts: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = []
         self._file = SpillFile(folder / fresh_name("spill"), durable=self._boot is None)
@@ -112,16 +119,13 @@ class Scatter:
         """
         taken = self._within_limit(batch)
         if len(taken):
-            self._buffer.append(
-                _Buffered(batch=taken, table=self._rows(taken, unit, batch.rows if order is None else order))
-            )
             size = taken.content_bytes
-            self._buffered += size + taken.document_ids.nbytes + _PER_DOCUMENT * len(taken)
+            if self._filled + self._beside + size > len(self._data):
+                self._flush(self._data)
+            self._keep(taken, self._rows(taken, unit, batch.rows if order is None else order))
             self.documents += len(taken)
             self.content_bytes += size
             self._report(len(taken), size)
-            if self._buffered >= self._options.buffer_bytes:
-                self._flush()
         return self.beyond is None
 
     def finish(self, *, skipped: Skips, steps: Sequence[StepCount] = ()) -> ScatterRecord:
@@ -134,8 +138,7 @@ class Scatter:
         Raises:
             OSError: the spill file or its index cannot be written.
         """
-        if self._buffer:
-            self._flush()
+        self._flush(self._data)
         self.skipped.merge(skipped)
         counts = CellCounts.total(self._counts, len(self._options.splits))
         index = ScatterIndex(counts=counts, starts=tuple(self._starts))
@@ -184,8 +187,27 @@ class Scatter:
         table["split"] = split_indices(batch.document_ids, self._options.holdout_fraction)
         return table
 
-    def _flush(self) -> None:
-        """Sort what is buffered and append it to the spill file as a sub-run."""
+    def _keep(self, batch: DocumentBatch, table: Rows) -> None:
+        """Copy documents into the buffer; those that are larger than all of it are written at once."""
+        offsets, data, size = batch.offsets, batch.data, batch.content_bytes
+        fits = self._filled + size <= len(self._data)
+        starts = offsets[:-1] - offsets[0] + self._filled if fits else offsets[:-1]
+        self._buffer.append(_Buffered(table=table, ids=batch.document_ids.cast(pa.large_string()), starts=starts))
+        if not fits:
+            self._flush(data)
+            return
+        self._data[self._filled : self._filled + size] = data[int(offsets[0]) : int(offsets[-1])]
+        self._filled += size
+        self._beside += batch.document_ids.nbytes + _PER_DOCUMENT * len(batch)
+
+    def _flush(self, data: npt.NDArray[np.uint8]) -> None:
+        """Sort what is buffered and append it to the spill file as a sub-run.
+
+        Args:
+            data: uint8: where the contents are.
+        """
+        if not self._buffer:
+            return
         table = np.concatenate([item.table for item in self._buffer])
         # Stable: documents that a step made of one keep their order.
         order = np.lexsort((table["place"], table["check"], table["key"]))
@@ -199,12 +221,12 @@ class Scatter:
             order, cells = order[kept], cells[kept]
         first = np.flatnonzero(np.concatenate([np.ones(1, np.bool_), cells[1:] != cells[:-1]]))
         self._starts.append((cells[first], first))
-        ids = pa.concat_arrays([item.batch.document_ids.cast(pa.large_string()) for item in self._buffer])
-        _, id_bytes = column_buffers(ids.take(pa.array(order)))
-        batches = [item.batch for item in self._buffer]
-        self._file.append(_with_offsets(table[order]), id_bytes.data, _pieces(batches, order))
+        _, ids = column_buffers(pa.concat_arrays([item.ids for item in self._buffer]).take(pa.array(order)))
+        starts = np.concatenate([item.starts for item in self._buffer])[order]
+        rows = table[order]
+        self._file.append(_with_offsets(rows), ids.data, _pieces(data.data, starts, starts + rows["content"]))
         self._buffer.clear()
-        self._buffered = 0
+        self._filled = self._beside = 0
 
 
 def count_cells(cells: npt.NDArray[np.uint64], rows: Rows, splits: int) -> CellCounts:
@@ -248,13 +270,8 @@ def _with_offsets(rows: Rows) -> Rows:
     return table
 
 
-def _pieces(batches: Sequence[DocumentBatch], order: npt.NDArray[np.int64]) -> Iterator[list[memoryview]]:
-    """Yield the contents of the documents of batches in an order, without copying them."""
-    views = [batch.data.data for batch in batches]
-    owner = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-    starts = np.concatenate([batch.offsets[:-1] for batch in batches])
-    ends = np.concatenate([batch.offsets[1:] for batch in batches])
-    for at in range(0, len(order), _PIECES):
-        chosen = order[at : at + _PIECES]
-        places = zip(owner[chosen].tolist(), starts[chosen].tolist(), ends[chosen].tolist(), strict=True)
-        yield [views[batch][start:end] for batch, start, end in places]
+def _pieces(data: memoryview, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Iterator[list[memoryview]]:
+    """Yield the contents between starts and ends, without copying them."""
+    for at in range(0, len(starts), _PIECES):
+        places = zip(starts[at : at + _PIECES].tolist(), ends[at : at + _PIECES].tolist(), strict=True)
+        yield [data[start:end] for start, end in places]

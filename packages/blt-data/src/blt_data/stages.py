@@ -13,11 +13,11 @@ from datatrove.utils.logging import logger
 from datatrove.utils.stats import PipelineStats
 
 from blt_data.executors import Report, TaskFunction
-from blt_data.gather import Scratch
 from blt_data.groups import GroupPlan
 from blt_data.jobs import Job, ScatterTask
 from blt_data.pipeline import SourceReader, SpillWriter, run_blocks, scatter_blocks
 from blt_data.records import STATS_NAME, GatherRecord, ScatterRecord
+from blt_data.scratch import Scratch
 from blt_data.shards.files import atomic_file
 
 
@@ -65,16 +65,20 @@ def set_up_scatter(job: Job, packed: bytes | None, tasks: int) -> TaskFunction[S
         tasks: number of all scatter tasks.
     """
     _settle()
-    return partial(_scatter, job, packed, tasks)
+    return partial(_scatter, job, packed, tasks, Scratch())
 
 
-def _scatter(job: Job, packed: bytes | None, tasks: int, task: ScatterTask, report: Report) -> ScatterRecord:
+def _scatter(
+    job: Job, packed: bytes | None, tasks: int, scratch: Scratch, task: ScatterTask, report: Report
+) -> ScatterRecord:
     # Blocks keep state, so each task has its own, as under datatrove's executors.
     own = _unpack(packed)
     blocks = scatter_blocks({task.index: task}, job, readers=own.readers, steps=own.steps)
     for block in blocks:
         if isinstance(block, SourceReader | SpillWriter):
             block.report = report
+        if isinstance(block, SpillWriter):
+            block.scratch = scratch
     run_blocks(blocks, task.index, tasks)
     if packed is not None:
         with atomic_file(job.scatter_folder(task.key) / STATS_NAME) as file:
