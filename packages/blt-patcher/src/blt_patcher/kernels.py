@@ -53,7 +53,7 @@ RULE_FLAGS: Final = 4
 #: Tokens a word.
 WORD: Final = 64
 #: Tokens a block: what one rule works on at a time, before the lengths are made.
-BLOCK: Final = 64 * WORD
+BLOCK: Final = 16 * WORD
 #: The kernels read whole words: arrays of data must have at least so many items, and room for lengths as many to spare.
 SLACK: Final = WORD
 #: Bytes ahead of the word at work that are asked of memory; processors do not look across a page (4 kB) by themselves.
