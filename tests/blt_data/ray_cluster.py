@@ -26,6 +26,7 @@ class TwoNodes:
 
     def __init__(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.shutdown()  # in case another test has left a connection
         self._folder = tempfile.mkdtemp(prefix="ray-")
         self._others: list[subprocess.Popen[bytes]] = []
         self.cluster = Cluster(

@@ -55,7 +55,8 @@ class Slots:
         """
         log.debug("worker %d did not start: %s\n%s", number, message, trace)
         self._false_starts[number] += 1
-        if not self._ever_set_up and self._false_starts.total() >= self._attempts:
+        # Of many workers a few may be unlucky.
+        if not self._ever_set_up and self._false_starts.total() >= max(self._attempts, self.size):
             raise InputError(f"no worker could be set up: {message}")
         if self._false_starts[number] >= self._attempts:
             self._given_up.add(number)
