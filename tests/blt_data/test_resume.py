@@ -155,3 +155,28 @@ def test_two_runs_on_one_output(tmp_path: Path, large_source: Path) -> None:
     assert first.wait() == 0
     assert second.returncode == 1
     assert "another process is writing to it" in second.stderr
+
+
+@pytest.mark.parametrize("damage", ["record: {}", "record: {", "index"])
+def test_a_task_with_a_damaged_record_is_done_again(tmp_path: Path, large_source: Path, damage: str) -> None:
+    options = ["--workers", "1", "--shard-size", "200kB"]
+    output = tmp_path / "out"
+    killed = subprocess.Popen(prepare_command(large_source, output, *options), stderr=subprocess.DEVNULL)
+    try:
+        while not (records := list(output.glob(".work/scatter/*/record.json"))):
+            assert killed.poll() is None
+            time.sleep(0.002)
+    finally:
+        killed.kill()
+        killed.wait()
+    index = next(records[0].parent.glob("*.npy"))
+    if damage.startswith("record"):
+        records[0].write_text(damage.removeprefix("record: "))
+    else:
+        index.write_bytes(index.read_bytes()[:20])
+    done = subprocess.run(prepare_command(large_source, output, *options), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    whole = tmp_path / "whole"
+    subprocess.run(prepare_command(large_source, whole, *options), check=True, capture_output=True)
+    assert files_of(output) == files_of(whole)

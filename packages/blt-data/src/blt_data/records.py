@@ -7,12 +7,13 @@ may still be writing), and the record, written last and atomically, names them.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,10 @@ from blt_data.shards import ShardEntry
 from blt_data.shards.files import atomic_file
 from blt_data.skips import Skips
 from blt_data.spill import SubRun
+
+log = logging.getLogger(__name__)
+
+_Record = TypeVar("_Record")
 
 RECORD_NAME: Final = "record.json"
 
@@ -233,13 +238,16 @@ def write_scatter_record(folder: Path, record: ScatterRecord) -> None:
 
 
 def read_scatter_record(folder: Path) -> ScatterRecord | None:
-    """Return the record of a finished scatter task, or None if it is not finished or lacks its spill file.
+    """Return the record of a finished scatter task, or None if it is not finished, or is damaged.
 
     Args:
         folder: the task's folder.
     """
-    value = _read(folder)
-    if value is None or value["boot"] not in (None, boot_id()):
+    return _read(folder, _scatter_record)
+
+
+def _scatter_record(folder: Path, value: dict[str, Any]) -> ScatterRecord | None:
+    if value["boot"] not in (None, boot_id()):
         return None
     record = ScatterRecord(
         **{
@@ -252,8 +260,9 @@ def read_scatter_record(folder: Path) -> ScatterRecord | None:
             "steps": tuple(StepCount(**step) for step in value["steps"]),
         }
     )
-    there = _has_size(folder / record.spill, record.spill_bytes) and (folder / f"{record.spill}.npy").exists()
-    return record if there else None
+    index = np.load(folder / f"{record.spill}.npy", mmap_mode="r", allow_pickle=False)
+    whole = index.ndim == 2 and len(index) == record.cells + sum(record.starts)
+    return record if whole and _has_size(folder / record.spill, record.spill_bytes) else None
 
 
 def write_gather_record(folder: Path, record: GatherRecord) -> None:
@@ -271,14 +280,15 @@ def write_gather_record(folder: Path, record: GatherRecord) -> None:
 
 
 def read_gather_record(folder: Path) -> GatherRecord | None:
-    """Return the record of a finished gather task, or None if it is not finished or lacks a shard.
+    """Return the record of a finished gather task, or None if it is not finished, lacks a shard or is damaged.
 
     Args:
         folder: the task's folder.
     """
-    value = _read(folder)
-    if value is None:
-        return None
+    return _read(folder, _gather_record)
+
+
+def _gather_record(folder: Path, value: dict[str, Any]) -> GatherRecord | None:
     splits = {split: tuple(ShardEntry(**entry) for entry in entries) for split, entries in value["splits"].items()}
     if not all(_has_size(folder / entry.name, entry.file_bytes) for entries in splits.values() for entry in entries):
         return None
@@ -297,9 +307,12 @@ def _write(folder: Path, value: Mapping[str, object]) -> None:
         file.write(json.dumps(value).encode())
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path, parse: Callable[[Path, dict[str, Any]], _Record | None]) -> _Record | None:
+    """Return a task's record, or None if there is none that can be used: the task is then done again."""
     try:
-        value: dict[str, Any] = json.loads((folder / RECORD_NAME).read_bytes())
+        return parse(folder, json.loads((folder / RECORD_NAME).read_bytes()))
     except FileNotFoundError:
         return None
-    return value
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError) as error:
+        log.warning("%s: the record of a finished task is damaged (%s); the task is done again", folder, error)
+        return None
