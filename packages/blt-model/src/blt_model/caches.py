@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from blt_model.config import TransformerConfig
@@ -58,6 +59,8 @@ class AttentionStep:
     """complex64 [n, 1, E / 2] of the tokens' positions."""
     rows: Tensor | int | None
     """int64 [n] the rows; a single row as a number; None for the first n."""
+    each: tuple[tuple[int, int], ...] = ()
+    """Row and places of every token, where the rows are read one by one, as they lie: no copy and no mask."""
 
 
 class AttentionCache:
@@ -116,8 +119,9 @@ class AttentionCache:
         count, device = len(positions), self.keys.device
         held = np.minimum(positions + 1, self.capacity)
         length = int(held.max())
+        each = () if rows is None or count == 1 else tuple(zip(rows.tolist(), held.tolist(), strict=True))
         mask = None
-        if int(held.min()) < length:
+        if int(held.min()) < length and not each:
             mask = torch.from_numpy(np.arange(length) < held[:, None]).to(device).view(count, 1, 1, length)
         heads = self.config.kv_heads
         base = (np.arange(count) if rows is None else rows) * heads
@@ -127,7 +131,7 @@ class AttentionCache:
         if rows is not None:
             chosen = int(rows[0]) if count == 1 else torch.from_numpy(rows).to(device)
         slots = torch.from_numpy(places.reshape(-1)).to(device)
-        return AttentionStep(slots, length, mask, self.rotary.table[at], chosen)
+        return AttentionStep(slots, length, mask, self.rotary.table[at], chosen, each)
 
     def plan_static(self, positions: Tensor, rows: Tensor | None, length: int) -> AttentionStep:
         """Plan a step from positions on the device: fixed shapes and no wait, as a CUDA graph needs.
@@ -149,29 +153,36 @@ class AttentionCache:
             slots.flatten(), length, mask.view(count, 1, 1, length), self.rotary.table[positions], rows
         )
 
-    def append(self, layer: int, key: Tensor, value: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor]:
-        """Store one token of each row and give what it reads.
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: AttentionStep) -> Tensor:
+        """Store one token of each row and let it attend to itself and what the row holds.
 
         Args:
             layer: of the stack.
+            query: [n, G, R, E] rotated; the R heads of a group share a key.
             key: [n, G, E] rotated.
             value: [n, G, E].
             step: the plan of this step.
 
         Returns:
-            Keys and values [n, G, step.length, E].
+            [n, G, R, E].
         """
-        width = self.config.head_dim
+        width, length, rows = self.config.head_dim, step.length, step.rows
         keys, values = self.keys[layer], self.values[layer]
         keys.view(-1, width).index_copy_(0, step.slots, key.reshape(-1, width))
         values.view(-1, width).index_copy_(0, step.slots, value.reshape(-1, width))
-        rows = step.rows
+        if step.each:
+            parts = [
+                F.scaled_dot_product_attention(one, keys[row : row + 1, :, :held], values[row : row + 1, :, :held])
+                for one, (row, held) in zip(torch.split(query, 1), step.each, strict=True)
+            ]
+            return torch.cat(parts)
         if rows is None:
-            count = len(key)
-            return keys[:count, :, : step.length], values[:count, :, : step.length]
-        if isinstance(rows, int):
-            return keys[rows : rows + 1, :, : step.length], values[rows : rows + 1, :, : step.length]
-        return keys[:, :, : step.length].index_select(0, rows), values[:, :, : step.length].index_select(0, rows)
+            keys, values = keys[: len(key), :, :length], values[: len(key), :, :length]
+        elif isinstance(rows, int):
+            keys, values = keys[rows : rows + 1, :, :length], values[rows : rows + 1, :, :length]
+        else:
+            keys, values = keys[:, :, :length].index_select(0, rows), values[:, :, :length].index_select(0, rows)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask)
 
     def copy_row(self, source: int, target: int, positions: int) -> None:
         """Copy a row of so many positions over another."""

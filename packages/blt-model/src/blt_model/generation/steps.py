@@ -85,10 +85,9 @@ class BlockStep:
         count, turning = len(x), self.num_heads + self.kv_heads
         heads = F.linear(self.attention_norm(x), self.query_key_value).view(count, -1, self.head_dim)
         rotated = rotate_pairs(heads[:, :turning], step.phases)
-        keys, values = cache.append(layer, rotated[:, self.num_heads :], heads[:, turning:], step)
         # The query heads that share a key head stand where attention has its queries: no key is repeated.
         query = rotated[:, : self.num_heads].view(count, self.kv_heads, -1, self.head_dim)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask)
+        mixed = cache.attend(layer, query, rotated[:, self.num_heads :], heads[:, turning:], step)
         x = x + F.linear(mixed.reshape(count, -1), self.output)
         gate, value = F.linear(self.feed_forward_norm(x), self.gate_value).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * value, self.feed_forward_output)
