@@ -36,8 +36,13 @@ class TwoNodes:
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "temp_dir": self._folder,
-                # Processes that no actor asked for would only take time.
-                "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False},
+                "_system_config": {
+                    # Processes that no actor asked for would only take time.
+                    "prestart_worker_first_driver": False,
+                    "enable_worker_prestart": False,
+                    # A raylet that is gone refuses connections at once; one that is slow has ten seconds as usual.
+                    "health_check_period_ms": 500,
+                },
             },
         )
         self.second: Any = None

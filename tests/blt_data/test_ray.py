@@ -43,8 +43,8 @@ def two_nodes(repository: Path) -> Iterator[TwoNodes]:
 
 @pytest.fixture(scope="module")
 def executor(two_nodes: TwoNodes) -> Iterator[RayExecutor]:
-    """One connection for most tests; its actors are kept between tests."""
-    with RayExecutor(two_nodes.address, 4, name="blt-data test", place_timeout=60, pause=0.01) as executor:
+    """One connection for most tests; its actors are kept between tests. Six need both nodes, of four CPUs each."""
+    with RayExecutor(two_nodes.address, 6, name="blt-data test", place_timeout=60, pause=0.01) as executor:
         yield executor
 
 
@@ -420,10 +420,11 @@ def test_a_driver_killed_leaves_no_worker(two_nodes: TwoNodes, tmp_path: Path, n
 
 
 def test_a_node_killed_half_way(executor: RayExecutor, two_nodes: TwoNodes, tmp_path: Path) -> None:
-    tasks = [Task(number, "r", tmp_path, seconds=1.5) for number in range(8)]
+    tasks = [Task(number, "r", tmp_path, seconds=1.5) for number in range(18)]
 
     def kill_node() -> None:
-        wait_for(lambda: all(attempts_of(tmp_path, number) for number in range(4)))
+        # All six workers have something to do.
+        wait_for(lambda: len({process for number in range(18) for process in attempts_of(tmp_path, number)}) == 6)
         two_nodes.kill_second()
 
     killer = threading.Thread(target=kill_node)
@@ -434,10 +435,10 @@ def test_a_node_killed_half_way(executor: RayExecutor, two_nodes: TwoNodes, tmp_
         killer.join()
         two_nodes.add_second()
     assert failures == ()
-    assert Counter(result.number for result in results) == Counter(range(8))
-    assert sums == [sum(range(8)) + 8000, 8, 10 * sum(range(8))]
-    # Some of the first four ran there.
-    assert sum(len(attempts_of(tmp_path, number)) for number in range(8)) > 8
+    assert Counter(result.number for result in results) == Counter(range(18))
+    assert sums == [sum(range(18)) + 18_000, 18, 10 * sum(range(18))]
+    # Those that ran there ran again.
+    assert sum(len(attempts_of(tmp_path, number)) for number in range(18)) > 18
 
 
 # The last test, as it leaves one node.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,6 @@ def submit(
     *,
     name: str,
     logs: Path,
-    environment: Mapping[str, str] | None = None,
 ) -> tuple[SubmittedStage, ...]:
     """Submit stages so that each starts when all tasks of the one before have succeeded.
 
@@ -93,7 +92,6 @@ def submit(
         options: of the jobs.
         name: of the jobs.
         logs: a directory that all nodes see; it gets a folder per stage.
-        environment: variables to set in the jobs; they are readable in the script, so they must not be secret.
 
     Raises:
         InputError: SLURM is not there, or refused a job.
@@ -101,7 +99,7 @@ def submit(
     submitted = []
     before: _StageExecutor | None = None
     for stage in stages:
-        executor = _StageExecutor(stage, options, **_arguments(stage, options, name, logs, environment or {}, before))
+        executor = _StageExecutor(stage, options, **_arguments(stage, options, name, logs, before))
         script = executor.script() if executor.missing else ""
         if options.dry_run:
             _remove_empty(logs / stage.name / "output", logs / stage.name, logs)
@@ -123,7 +121,6 @@ def _arguments(
     options: SlurmOptions,
     name: str,
     logs: Path,
-    environment: Mapping[str, str],
     before: _StageExecutor | None,
 ) -> dict[str, Any]:
     """Return the arguments of datatrove's executor."""
@@ -139,7 +136,7 @@ def _arguments(
         "workers": -1 if options.workers is None else options.workers,
         "job_name": f"{name}-{stage.name}",
         "qos": options.qos,
-        "env_command": _environment_command(options, environment),
+        "env_command": _environment_command(options),
         "sbatch_args": extra,
         "max_array_size": options.max_array_size,
         "tasks_per_job": options.tasks_per_job,
@@ -153,16 +150,13 @@ def _arguments(
     }
 
 
-def _environment_command(options: SlurmOptions, environment: Mapping[str, str]) -> str:
-    """Return the shell commands that give a job this command's Python, or the one that the user names."""
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+def _environment_command(options: SlurmOptions) -> str:
+    """Return the shell command that gives a job this command's Python, or the one that the user names."""
     if options.env_command is not None:
-        lines.append(options.env_command)
-    elif options.venv is not None:
-        lines.append(f"source {shlex.quote(str(options.venv / 'bin' / 'activate'))}")
-    else:
-        lines.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
-    return "; ".join(lines)
+        return options.env_command
+    if options.venv is not None:
+        return f"source {shlex.quote(str(options.venv / 'bin' / 'activate'))}"
+    return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 
 
 def _remove_empty(*folders: Path) -> None:
