@@ -27,6 +27,7 @@ from blt_patcher import (
     patch_documents,
 )
 from blt_patcher.thresholds import comparison, finite_float16
+from blt_patcher.vectors import WORD
 
 Scored = tuple[bytes, npt.NDArray[np.float16]]
 
@@ -95,7 +96,8 @@ def test_more_bytes_never_change_the_patches_of_a_prefix(
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
 def test_words_leave_no_seam(scheme: PatchScheme) -> None:
     rng = np.random.default_rng(7)
-    sizes = [*range(kernels.WORD - 4, kernels.WORD + 3), *range(2 * kernels.WORD - 4, 2 * kernels.WORD + 3), 700, 0, 1]
+    edges = (WORD, 2 * WORD, kernels.BLOCK, 2 * kernels.BLOCK)
+    sizes = [*(edge + near for edge in edges for near in range(-4, 3)), 700, 0, 1]
     documents = [rng.choice(np.frombuffer(b"abc 12.\n\xc3\xa9", np.uint8), size).tobytes() for size in sizes]
     entropies = [rng.exponential(1.4, size + 2).astype(np.float16) for size in sizes]
     content, offsets = join(documents)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+
+from blt_patcher import kernels, vectors
 
 PATCH = "from blt_patcher import SpaceScheme, patch_document; print(patch_document(SpaceScheme(), b'a b').tolist())"
 
@@ -49,7 +52,7 @@ def test_kernels_work_on_any_processor(tmp_path: Path) -> None:
     code = (
         "import zlib, numpy as np\n"
         "from blt_patcher import *\n"
-        "from blt_patcher.kernels import COMPRESSES\n"
+        "from blt_patcher.vectors import COMPRESSES\n"
         "rng = np.random.default_rng(3)\n"
         "content = rng.choice(np.frombuffer(b'abc 12.\\n\\xc3\\xa9', np.uint8), 9000)\n"
         "offsets = np.array([0, 0, 1, 3000, 8999, 9000])\n"
@@ -62,3 +65,8 @@ def test_kernels_work_on_any_processor(tmp_path: Path) -> None:
     here = run(code)
     plain = run(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
     assert plain.split(" ", 1) == ["False", here.split(" ", 1)[1]]
+
+
+def test_kernels_are_compiled_anew_when_their_vectors_change() -> None:
+    source = Path(vectors.__file__).read_bytes()
+    assert zlib.crc32(source) == kernels.VECTORS_CHECKSUM, f"write 0x{zlib.crc32(source):08X} into kernels.py"

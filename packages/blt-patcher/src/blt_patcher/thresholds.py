@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from blt_patcher.kernels import FLOAT16_OVERFLOW
+from blt_patcher.vectors import FLOAT16_OVERFLOW
 
 #: All bits of a bit pattern but the sign, by the pattern's width in bits.
 _MAGNITUDE: Final = {16: 0x7FFF, 32: 0x7FFFFFFF}
