@@ -122,7 +122,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tenso
         )
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(query, key, value, block_mask=mask, enable_gqa=key.shape[1] != query.shape[1])
+    # Left to itself torch takes its decoding kernel for fewer than 128 queries, which in release 2.11 does not compile
+    # where heads share keys.
+    return flex_attention(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        enable_gqa=key.shape[1] != query.shape[1],
+        kernel_options={"BACKEND": "TRITON"},
+    )
 
 
 @functools.cache
