@@ -104,6 +104,17 @@ BAD_INPUT = {
         ["precompute", "bytes", "--output", "out", "--scheme", "space", "--device", "cpu"],
         "are for an entropy model",
     ),
+    "needless check of batchings": (
+        ["precompute", "bytes", "--output", "out", "--scheme", "byte", "--check-batching", "1MB"],
+        "--check-batching scores documents, so it needs --entropy-model",
+    ),
+    **{
+        f"{flag} that is no number": (
+            ["precompute", "bytes", "--output", "out", "--scheme", "byte", "--executor", "ray", flag, "nan"],
+            f"{flag} is nan; it must be a finite number",
+        )
+        for flag in ("--num-gpus", "--num-cpus", "--ray-timeout")
+    },
     "threshold and target": (
         ["precompute", "bytes", "--output", "out", *E, "--threshold", "1", "--target-patch-length", "4"],
         "leaves none to find",

@@ -179,6 +179,26 @@ def test_outputs_that_are_something_else_are_refused(source: ShardDirectory, tmp
         run(source, file)
 
 
+def test_a_damaged_manifest_says_how_to_keep_the_shards(source: ShardDirectory, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = tree(out)
+    manifest = out / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    with pytest.raises(InputError, match="delete that file and run the same command again"):
+        run(source, out)
+    manifest.unlink()
+    assert run(source, out).resumed_shards == len(source)
+    assert tree(out) == before
+    # Of a directory that holds no shard of this making nothing is to be deleted.
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged") as caught:
+        run(source, stranger)
+    assert "delete" not in str(caught.value)
+
+
 def test_models_where_none_is_needed_and_none_where_one_is(source: ShardDirectory, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"scorer": None}, "scheme entropy needs entropies"),

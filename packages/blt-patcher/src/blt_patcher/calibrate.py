@@ -275,6 +275,11 @@ def check_target(target: float) -> None:
 def _check_reach(target: float, least: Fraction, most: Fraction) -> None:
     """Refuse a target that no threshold gives on the sample."""
     if not least <= target <= most:
+        if least == most:
+            raise InputError(
+                f"a mean patch length of {target:g} is impossible: on this sample every threshold gives "
+                f"{float(least):.4g} tokens a patch; change the scheme or its other threshold"
+            )
         raise InputError(
             f"a mean patch length of {target:g} is impossible: on this sample the scheme's thresholds give "
             f"{float(least):.4g} to {float(most):.4g} tokens a patch; choose a target between them"

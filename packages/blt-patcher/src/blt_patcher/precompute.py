@@ -322,9 +322,15 @@ def check_output(source: ShardDirectory, output: Path, provenance: Mapping[str, 
         raise InputError(f"{output}: holds the byte shards themselves; name another directory to write to")
     if not output.is_dir():
         return
+    damage: InputError | None = None
     if (output / MANIFEST_NAME).exists():
-        manifest = read_manifest(output)
-        _check_same(output, manifest.kind, manifest.provenance, provenance)
+        try:
+            manifest = read_manifest(output)
+        except InputError as error:
+            damage = error
+        else:
+            _check_same(output, manifest.kind, manifest.provenance, provenance)
+    ours = 0
     for file in sorted(output.glob("*.arrow")):
         try:
             shard = Shard.open(file)
@@ -333,6 +339,15 @@ def check_output(source: ShardDirectory, output: Path, provenance: Mapping[str, 
             log.warning("%s is damaged and will be written again", file)
             continue
         _check_same(file, shard.kind, shard.provenance, provenance)
+        ours += 1
+    if damage is not None and ours:
+        # The shards tell that the directory is this job's; without one, the file may be somebody else's only copy.
+        raise InputError(
+            f"{output / MANIFEST_NAME}: cannot be read; delete that file and run the same command again, which keeps "
+            "the finished shards"
+        ) from damage
+    if damage is not None:
+        raise damage
 
 
 def check_arguments(scheme: PatchScheme, scored: bool, keep_entropies: bool) -> None:

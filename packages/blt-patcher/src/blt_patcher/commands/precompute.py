@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from blt_data import Manifest, ShardDirectory, ShardEntry, ShardKind
 from blt_data.console import ByteSize, JobProgress, format_bytes, friendly_errors, print_table, progress
+from blt_data.errors import InputError
 from blt_data.executors import Report
 from blt_data.framing import FRAME_TOKENS
 from blt_data.units import NewDirectory
@@ -84,6 +85,8 @@ def precompute_command(
     """
     request = choice.resolve()
     check_arguments(request.scheme, entropy_model is not None, entropies == "float16")
+    if check_batching is not None and entropy_model is None:
+        raise InputError("--check-batching scores documents, so it needs --entropy-model; leave it out, or name one")
     source = ShardDirectory.open(byte_shards, kind=ShardKind.BYTES)
     only = parse_shards(only_shards, len(source)) if only_shards is not None else None
     with entropy_source(running.spec(entropy_model), placing) as where:

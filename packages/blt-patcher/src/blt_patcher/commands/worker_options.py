@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -62,6 +63,7 @@ class WorkerOptions:
         """
         from blt_data.executors.local import LocalExecutor
 
+        self._check_numbers()
         if self.executor == "local":
             if (self.workers or 1) == 1:
                 return None
@@ -79,6 +81,13 @@ class WorkerOptions:
             packages=("blt-data", "blt-patcher"),
             place_timeout=self.ray_timeout,
         )
+
+    def _check_numbers(self) -> None:
+        """Refuse what is no number: it passes every comparison with a limit."""
+        for name in ("num_gpus", "num_cpus", "ray_timeout"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
 
 
 _options = combine_options(
