@@ -49,8 +49,7 @@ class HashScorer:
         advance: Callable[[int], None] | None = None,
     ) -> npt.NDArray[np.float16]:
         pieces = [
-            self.score_bytes(content[low:high].tobytes())
-            for low, high in itertools.pairwise(content_offsets.tolist())
+            self.score_bytes(content[low:high].tobytes()) for low, high in itertools.pairwise(content_offsets.tolist())
         ]
         nats = np.concatenate([*pieces, np.empty(0, np.float16)])
         if advance is not None:
