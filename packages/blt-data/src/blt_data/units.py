@@ -19,7 +19,7 @@ _UNITS: Final = {"": 1, "b": 1} | {
 _MOST: Final = 2**63 - 1
 
 
-class ByteSize(click.ParamType[int]):
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
     """A number of bytes, such as 20000000, 20MB (decimal) or 16MiB (binary)."""
 
     name = "bytes"

@@ -92,7 +92,7 @@ class ExecutorChoice:
         )
 
 
-class _JsonObject(click.ParamType[Mapping[str, Any]]):
+class _JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
     """A JSON object, or the path of a file that holds one."""
 
     name = "json"
@@ -111,7 +111,7 @@ class _JsonObject(click.ParamType[Mapping[str, Any]]):
         return parsed
 
 
-class _Setting(click.ParamType[tuple[str, str]]):
+class _Setting(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click alone
     """NAME=VALUE, or NAME alone."""
 
     name = "name=value"
