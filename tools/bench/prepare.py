@@ -141,6 +141,7 @@ def _timed(name: str, source: Path, output: Path, num_bytes: int, sender: Connec
     pa.set_io_thread_count(1)
     import datatrove.pipeline.readers  # noqa: F401  # imports are paid for before the clock starts
 
+    import blt_data.planning
     import blt_data.stages  # noqa: F401
 
     touch_memory(output.with_suffix(".touch"), 4 * num_bytes)

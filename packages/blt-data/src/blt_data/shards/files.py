@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _TEMPORARY_MARK = ".tmp-"
 _READ_SIZE = 1 << 20
+_PIECE = 4 << 20
 
 
 class HashingFile:
@@ -25,6 +26,7 @@ class HashingFile:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
         self.size = 0
+        self._begun = 0
 
     @property
     def closed(self) -> bool:
@@ -46,10 +48,26 @@ class HashingFile:
             The number of bytes written.
         """
         view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self._file.write(view)
-        self.size += view.nbytes
+        for start in range(0, view.nbytes, _PIECE):
+            piece = view[start : start + _PIECE]
+            self._digest.update(piece)
+            self._file.write(piece)
+            self.size += piece.nbytes
+            if self.size - self._begun >= _PIECE:
+                self._begin_writing()
         return view.nbytes
+
+    def _begin_writing(self) -> None:
+        """Have the system begin to write to the disk, so that less is left to wait for in the end."""
+        self._file.flush()
+        # Linux begins to write what is advised to be needed no more; it drops only what is written already.
+        self._need_no_more(self._begun, self.size - self._begun)
+        self._begun = self.size
+
+    def _need_no_more(self, start: int, size: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
         """Hand buffered bytes to the operating system."""
@@ -59,6 +77,9 @@ class HashingFile:
         """Wait until the bytes are on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self.size >= _PIECE:
+            # What is written next shall take this memory, not that of files that are being read.
+            self._need_no_more(0, self.size)
 
     def close(self) -> None:
         """Close the file."""
