@@ -142,6 +142,16 @@ def test_show_scores_with_a_model(place: Path) -> None:
     assert "entropy, threshold 1.5" in run(place, "show", "--directory", "stored", "--entropy-model", "model")
 
 
+def test_a_figure_too_large_to_look_at_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"a" * 100_001)
+    page = tmp_path / "page.html"
+    words = ["show", "--file", str(tmp_path / "large"), "--scheme", "byte", "--limit", "1MB", "--html", str(page)]
+    done = blt_patch_here(tmp_path, *words)
+    assert done.returncode == 1
+    assert "give --limit 100kB or less" in done.stderr
+    assert not page.exists()
+
+
 def test_figures_of_show_hold_the_bytes_shown(place: Path, tmp_path: Path) -> None:
     names = {kind: tmp_path / f"out.{kind}" for kind in ("html", "svg", "png")}
     words = [word for kind, path in names.items() for word in (f"--{kind}", str(path))]

@@ -137,6 +137,8 @@ def test_every_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         WorkerOptions(executor="ray").device("cuda")
     with pytest.raises(InputError, match="--num-gpus is for --executor ray"):
         WorkerOptions(num_gpus=1).device(None)
+    with pytest.raises(InputError, match="--ray-address is for --executor ray"):
+        WorkerOptions(ray_address="head:6379").device(None)
 
 
 def test_workers_that_would_score_otherwise_are_refused(place: Path) -> None:

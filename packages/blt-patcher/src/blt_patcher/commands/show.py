@@ -25,7 +25,7 @@ from blt_patcher.commands.terminal import ColorChoice, PatchPrinter, color_optio
 from blt_patcher.lookup import find_document
 from blt_patcher.schemes import PatchScheme, scheme_from_json
 from blt_patcher.viewing import PatchView, printable
-from blt_patcher.viewing.view import DEFAULT_SHOWN_BYTES
+from blt_patcher.viewing.view import DEFAULT_SHOWN_BYTES, MAX_FIGURE_BYTES
 
 if TYPE_CHECKING:
     from blt_patcher.entropies import EntropyScorer
@@ -97,12 +97,26 @@ def show_command(
     spec = running.spec(entropy_model)
     # A text to look at is scored before a model is compiled.
     scorer = None if spec is None else dataclasses.replace(spec, compile=bool(running.compile_model)).load()
+    _check_figures(min(limit, len(subject.content) - from_byte), html, svg, png)
     view = _view(subject, choice, scorer, from_byte, limit)
     _write_figures(view, html, svg, png)
     PatchPrinter(color).print(view)
     click.echo()
     files = {name: str(path) for name, path in (("html", html), ("svg", svg), ("png", png)) if path is not None}
     print_table("patches", {**view.figures(), **files})
+
+
+def _check_figures(size: int, *files: Path | None) -> None:
+    """Refuse figures that nothing could show: a byte takes some 330 bytes of a page.
+
+    Raises:
+        InputError: the figure would have too many bytes.
+    """
+    if size > MAX_FIGURE_BYTES and any(file is not None for file in files):
+        raise InputError(
+            f"a figure of {size:,} bytes could not be looked at; give --limit {MAX_FIGURE_BYTES // 1000}kB or less, and "
+            "--from-byte for what comes later"
+        )
 
 
 def _subject(text: str | None, file: Path | None, directory: Path | None, document: str | None) -> _Subject:

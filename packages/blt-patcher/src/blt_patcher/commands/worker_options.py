@@ -48,6 +48,8 @@ class WorkerOptions:
             return kind
         if self.num_gpus is not None:
             raise InputError("--num-gpus is for --executor ray; on this machine each worker takes one GPU")
+        if self.ray_address != "auto":
+            raise InputError("--ray-address is for --executor ray; give that too, or leave the address out")
         if kind:
             return kind
         return "cuda" if visible_gpus() else "cpu"

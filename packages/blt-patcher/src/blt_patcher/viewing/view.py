@@ -21,6 +21,9 @@ from blt_patcher.schemes import (
 #: Bytes shown unless told.
 DEFAULT_SHOWN_BYTES: Final = 2000
 
+#: Bytes that a figure shows at most: a page of some 30 MB.
+MAX_FIGURE_BYTES: Final = 100_000
+
 #: A window may begin up to so many bytes earlier, so that it does not begin inside a character.
 _LONGEST_TAIL: Final = 3
 
