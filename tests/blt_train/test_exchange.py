@@ -74,7 +74,7 @@ def test_a_model_patched_at_spaces_is_exported_alone(tmp_path: Path) -> None:
         (["export", "bare", "--output", "out"], "has no trainer.json and no patching.json"),
         (["export", "lacking", "--output", "out"], "holds no entropy_model"),
         (["export", "model", "--output", "full"], "is not empty"),
-        (["export", "model", "--output", ""], "is not empty"),
+        (["export", "model", "--output", ""], "is an empty text"),
         (["import", "broken", "--output", "out"], "is no JSON"),
     ],
 )
