@@ -114,8 +114,8 @@ def _check_figures(size: int, *files: Path | None) -> None:
     """
     if size > MAX_FIGURE_BYTES and any(file is not None for file in files):
         raise InputError(
-            f"a figure of {size:,} bytes could not be looked at; give --limit {MAX_FIGURE_BYTES // 1000}kB or less, and "
-            "--from-byte for what comes later"
+            f"a figure of {size:,} bytes could not be looked at; give --limit {MAX_FIGURE_BYTES // 1000}kB or less, "
+            "and --from-byte for what comes later"
         )
 
 
