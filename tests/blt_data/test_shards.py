@@ -125,11 +125,11 @@ def test_checksum_does_not_depend_on_compression_or_arrow_layout(tmp_path: Path)
         compression="zstd",
     )
     assert sliced.payload_sha256 == plain.payload_sha256
-    assert sliced.file_sha256 != plain.file_sha256
+    assert sliced.file_crc32 != plain.file_crc32
 
 
 def test_equal_input_gives_equal_files(tmp_path: Path) -> None:
-    assert write_bytes(tmp_path / "a.arrow").file_sha256 == write_bytes(tmp_path / "b.arrow").file_sha256
+    assert write_bytes(tmp_path / "a.arrow").file_crc32 == write_bytes(tmp_path / "b.arrow").file_crc32
     assert (tmp_path / "a.arrow").read_bytes() == (tmp_path / "b.arrow").read_bytes()
 
 
@@ -207,7 +207,7 @@ def test_fingerprint_names_content_and_order(tmp_path: Path) -> None:
     first, second = write_bytes(tmp_path / "a.arrow"), write_bytes(tmp_path / "b.arrow", [b"q"])
     manifest = Manifest(kind=ShardKind.BYTES, shards=(first, second))
     assert manifest.fingerprint() != Manifest(kind=ShardKind.BYTES, shards=(second, first)).fingerprint()
-    other_file = dataclasses.replace(first, file_bytes=0, file_sha256="")
+    other_file = dataclasses.replace(first, file_bytes=0, file_crc32="")
     assert manifest.fingerprint() == dataclasses.replace(manifest, shards=(other_file, second)).fingerprint()
 
 
@@ -373,7 +373,7 @@ def test_manifest_changed_by_hand_is_refused(tmp_path: Path, key: str) -> None:
         ("entropies", True),
         ("entropies", "no"),
         ("payload_sha256", None),
-        ("file_sha256", "abc"),
+        ("file_crc32", "abc"),
     ],
 )
 def test_entries_that_no_shard_has_are_refused(tmp_path: Path, key: str, value: object) -> None:

@@ -19,7 +19,7 @@ def manifest(target: Any, *, tokens: int = 1000, patches: int = 250) -> Manifest
         entropies=False,
         payload_sha256="",
         file_bytes=0,
-        file_sha256="",
+        file_crc32="",
     )
     calibration = None if target is None else {"target_patch_length": target}
     return Manifest(kind=ShardKind.PATCHED, shards=(entry,), provenance={"calibration": calibration})

@@ -34,7 +34,7 @@ from blt_data.shards import (
     write_manifest,
     write_shard,
 )
-from blt_data.shards.files import atomic_file, file_sha256, remove_temporaries, sync_directory
+from blt_data.shards.files import atomic_file, file_crc32, remove_temporaries, sync_directory
 from blt_data.shards.manifest import SPLIT_NAMES
 from blt_data.shards.schema import CONTENT, DOCUMENT_ID, ENTROPIES, PATCH_LENGTHS, SOURCE, ShardKind, canonical_json
 from blt_data.skips import Skips
@@ -211,7 +211,7 @@ def _link_or_copy(source: Path, target: Path, entry: ShardEntry) -> None:
         InputError: what was copied does not have its checksum.
     """
     if target.exists():
-        if target.samefile(source) or file_sha256(target) == entry.file_sha256:
+        if target.samefile(source) or file_crc32(target) == entry.file_crc32:
             return
         target.unlink()
     try:
@@ -222,7 +222,7 @@ def _link_or_copy(source: Path, target: Path, entry: ShardEntry) -> None:
         with source.open("rb") as original, atomic_file(target) as copy:
             while block := original.read(_READ_SIZE):
                 copy.write(block)
-            if copy.sha256 != entry.file_sha256:
+            if copy.crc32 != entry.file_crc32:
                 raise InputError(
                     f"{source}: does not have the checksum that its {MANIFEST_NAME} says, so its bytes have changed; "
                     "delete the directory and run the command that wrote it again"

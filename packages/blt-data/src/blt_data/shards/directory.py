@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 from blt_data.errors import InputError
-from blt_data.shards.files import file_sha256
+from blt_data.shards.files import file_crc32
 from blt_data.shards.manifest import MANIFEST_NAME, SPLIT_NAMES, Manifest, ShardEntry, read_manifest
 from blt_data.shards.reader import SHARD_MEND, Shard
 from blt_data.shards.schema import ShardKind
@@ -190,7 +190,7 @@ def _tell_bytes(on_progress: ShardProgress, amount: int) -> None:
 def _content_problem(
     file: Path, kind: ShardKind, entry: ShardEntry, advance: Callable[[int], None] | None = None
 ) -> str | None:
-    if file_sha256(file, advance) != entry.file_sha256:
+    if file_crc32(file, advance) != entry.file_crc32:
         return f"{file}: does not have the checksum that {MANIFEST_NAME} says, so its bytes have changed"
     try:
         shard = Shard.open(file, verify=True)

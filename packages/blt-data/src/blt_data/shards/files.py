@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +20,11 @@ _PIECE = 4 << 20
 
 
 class HashingFile:
-    """A binary file open for writing that knows the SHA-256 and the size of what was written to it."""
+    """A binary file open for writing that knows the CRC-32 and the size of what was written to it."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._digest = hashlib.sha256()
+        self._crc = 0
         self.size = 0
         self._begun = 0
 
@@ -34,9 +34,9 @@ class HashingFile:
         return self._file.closed
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 (hex) of everything written so far."""
-        return self._digest.hexdigest()
+    def crc32(self) -> str:
+        """CRC-32 (8 hexadecimal digits) of everything written so far."""
+        return f"{self._crc:08x}"
 
     def write(self, data: bytes | memoryview | pa.Buffer) -> int:
         """Append bytes.
@@ -50,7 +50,7 @@ class HashingFile:
         view = memoryview(data).cast("B")
         for start in range(0, view.nbytes, _PIECE):
             piece = view[start : start + _PIECE]
-            self._digest.update(piece)
+            self._crc = zlib.crc32(piece, self._crc)
             self._file.write(piece)
             self.size += piece.nbytes
             if self.size - self._begun >= _PIECE:
@@ -96,7 +96,7 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
         path: the final name; its directory must exist.
 
     Yields:
-        The open file. Its `sha256` and `size` may be read after the block.
+        The open file. Its `crc32` and `size` may be read after the block.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
@@ -141,17 +141,19 @@ def remove_temporaries(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 (hex) of a file.
+def file_crc32(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """Return the CRC-32 of a file, that of zip and PNG, as 8 hexadecimal digits.
+
+    It tells damage to a file, twice as fast as SHA-256; what the content is, the payload's SHA-256 tells.
 
     Args:
         path: the file.
         advance: told of the bytes read since its last call.
     """
-    digest = hashlib.sha256()
+    crc = 0
     with path.open("rb") as file:
         while block := file.read(_READ_SIZE):
-            digest.update(block)
+            crc = zlib.crc32(block, crc)
             if advance is not None:
                 advance(len(block))
-    return digest.hexdigest()
+    return f"{crc:08x}"

@@ -39,7 +39,7 @@ class ShardEntry:
     payload_sha256: str
     """Checksum of the logical content; see `payload_sha256`."""
     file_bytes: int
-    file_sha256: str
+    file_crc32: str
     """Checksum of the whole file."""
 
 
@@ -151,7 +151,7 @@ def _entry_from_json(data: object, kind: ShardKind) -> ShardEntry:
         "entropies": lambda value: isinstance(value, bool) and (kind is ShardKind.PATCHED or not value),
         "payload_sha256": _is_sha256,
         "file_bytes": _is_count,
-        "file_sha256": _is_sha256,
+        "file_crc32": _is_crc32,
     }
     for key, is_right in rules.items():
         if not is_right(data[key]):
@@ -165,6 +165,10 @@ def _is_count(value: object) -> bool:
 
 def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_crc32(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
 
 
 def _is_file_name(value: object) -> bool:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from blt_data.errors import InputError
-from blt_data.shards.files import file_sha256
+from blt_data.shards.files import file_crc32
 from blt_data.shards.manifest import ShardEntry
 from blt_data.shards.schema import (
     CONTENT,
@@ -173,7 +173,7 @@ def entry_of_finished_shard(path: str | os.PathLike[str]) -> ShardEntry | None:
         entropies=shard.has_entropies,
         payload_sha256=shard.payload_sha256,
         file_bytes=file.stat().st_size,
-        file_sha256=file_sha256(file),
+        file_crc32=file_crc32(file),
     )
 
 

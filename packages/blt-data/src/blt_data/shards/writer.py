@@ -87,7 +87,7 @@ def write_shard(
         entropies=entropies is not None,
         payload_sha256=payload,
         file_bytes=file.size,
-        file_sha256=file.sha256,
+        file_crc32=file.crc32,
     )
 
 
