@@ -326,6 +326,8 @@ def test_workers_end_with_their_parent(tmp_path: Path, repository: Path, task: s
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell ignores interrupts in what it starts in the background, these tests perhaps.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not all(path.exists() and path.read_text() for path in paths):

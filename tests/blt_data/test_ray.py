@@ -391,7 +391,14 @@ def driver(nodes: TwoNodes, folder: Path, seconds: float) -> subprocess.Popen[st
     (folder / "cwd").mkdir()
     command = [sys.executable, "-c", DRIVER, nodes.address, str(folder), str(seconds)]
     return subprocess.Popen(
-        command, cwd=folder / "cwd", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
+        command,
+        cwd=folder / "cwd",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        # A shell ignores interrupts in what it starts in the background, these tests perhaps.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
