@@ -12,6 +12,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Test processes run side by side on few cores: one thread each is fastest, and what subprocesses inherit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The executor sets this before it imports Ray; some tests import Ray before the executor does.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:

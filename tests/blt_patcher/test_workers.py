@@ -37,9 +37,12 @@ OPTIONS = ["--threshold", "5.2", "--entropies", "float16", "--window-tokens", "1
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with eight byte shards, a model, and in `whole` what one process makes of them."""
-    path = tmp_path_factory.mktemp("workers")
+    return make_place(tmp_path_factory.mktemp("workers"), 8)
+
+
+def make_place(path: Path, count: int) -> Path:
     rng = np.random.default_rng()
-    shards = [[rng.integers(32, 127, size, dtype=np.uint8).tobytes() for size in (9000, 0, 500)] for _ in range(8)]
+    shards = [[rng.integers(32, 127, size, dtype=np.uint8).tobytes() for size in (9000, 0, 500)] for _ in range(count)]
     source = make_bytes(path / "bytes", shards=shards)
     make_model(path / "model")
     spec = ScorerSpec(model=path / "model", device="cpu", window_tokens=128)
@@ -199,7 +202,9 @@ def actors(nodes: TwoNodes) -> list[psutil.Process]:
     return found
 
 
-def test_a_ray_cluster_makes_the_same_files_whatever_is_killed(place: Path) -> None:
+def test_a_ray_cluster_makes_the_same_files_whatever_is_killed(tmp_path: Path) -> None:
+    # Enough shards that the job does not end before it has been disturbed three times, on a fast machine either.
+    place = make_place(tmp_path, 24)
     output = place / "ray"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with TwoNodes() as nodes:

@@ -31,6 +31,9 @@ def import_ray() -> Any:
     # Read once, when Ray is imported. Whatever raylets say about our workers' deaths, our own sentences say as well.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".|^$")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would have every worker of a driver under `uv run` call `uv run` itself, in a copy of the working directory:
+    # an environment that is made anew, without what the driver's has, if it can be made at all.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         return import_module("ray")
     except ModuleNotFoundError as error:
