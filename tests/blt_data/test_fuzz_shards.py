@@ -22,6 +22,7 @@ from blt_data import InputError, Manifest, Shard, ShardDirectory, ShardKind, rea
 from blt_data.commands.inspect import inspect_command
 from blt_data.commands.merge import merge_command
 from blt_data.commands.verify import verify_command
+from blt_data.shards.manifest import MANIFEST_VERSION
 
 from .shard_samples import make_directory, some_documents
 
@@ -99,7 +100,7 @@ def test_any_json_is_a_manifest_or_an_input_error(data: Any) -> None:
     with suppress(InputError):
         Manifest.from_json(data)
     with suppress(InputError):
-        Manifest.from_json({"format": "blt-shards", "version": 1, "kind": "bytes", "shards": data})
+        Manifest.from_json({"format": "blt-shards", "version": MANIFEST_VERSION, "kind": "bytes", "shards": data})
 
 
 @SLOW

@@ -81,16 +81,13 @@ class Skips(Mapping[str, SkipCount]):
     def from_json(cls, data: object) -> Self:
         """Return the counts that `to_json` gave.
 
-        A bare number, as the first release wrote, is a count whose bytes are not known (0).
-
         Raises:
             ValueError: the object has another shape, or a number is negative or beyond 63 bits.
         """
         if not isinstance(data, dict):
             raise ValueError("its skipped must be an object")
         counts = {}
-        for reason, value in data.items():
-            item = {"count": value, "bytes": 0} if type(value) is int else value
+        for reason, item in data.items():
             if not isinstance(item, dict) or set(item) != {"count", "bytes"} or not all(map(_is_count, item.values())):
                 raise ValueError("its skipped must be counts")
             counts[reason] = SkipCount(count=item["count"], bytes=item["bytes"])

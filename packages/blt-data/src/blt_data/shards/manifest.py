@@ -13,11 +13,14 @@ from typing import Any, Final, Self, cast
 
 from blt_data.errors import InputError
 from blt_data.shards.files import atomic_file, remove_temporaries
-from blt_data.shards.schema import FORMAT_VERSION, JSON, ShardKind, canonical_json
+from blt_data.shards.schema import JSON, ShardKind, canonical_json
 from blt_data.skips import Skips
 
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_FORMAT: Final = "blt-shards"
+
+#: Version 1 had a SHA-256 for each file and no sizes of what was skipped.
+MANIFEST_VERSION: Final = 2
 
 #: Subdirectories that a command with held-out documents makes, each a shard directory of its own.
 SPLIT_NAMES: Final = ("train", "holdout")
@@ -79,7 +82,7 @@ class Manifest:
         """Return the manifest as the object that manifest.json holds."""
         return {
             "format": MANIFEST_FORMAT,
-            "version": FORMAT_VERSION,
+            "version": MANIFEST_VERSION,
             "kind": str(self.kind),
             "fingerprint": self.fingerprint(),
             "documents": self.documents,
@@ -101,9 +104,9 @@ class Manifest:
             raise InputError(
                 "is no shard manifest; name a directory that blt-data prepare or blt-patch precompute wrote"
             )
-        if data.get("version") != FORMAT_VERSION:
+        if data.get("version") != MANIFEST_VERSION:
             raise InputError(
-                f"has format version {data.get('version')!r}, this program reads version {FORMAT_VERSION}; "
+                f"has format version {data.get('version')!r}, this program reads version {MANIFEST_VERSION}; "
                 "update blt-data or prepare the data again"
             )
         try:
