@@ -17,7 +17,7 @@ from blt_data.jobs import Job, ScatterTask
 from blt_data.limits import Limits
 from blt_data.memory import MemoryPlan, plan_memory
 from blt_data.ordering import Ordering
-from blt_data.plan import PlannedSource, plan_tasks, resolve_sources
+from blt_data.plan import PlannedSource, Task, plan_tasks, resolve_sources
 from blt_data.recipe import Recipe, SourceSpec, read_recipe
 from blt_data.scatter import ScatterOptions
 from blt_data.shards import JSON
@@ -118,16 +118,7 @@ def plan_job(
     provenance = _provenance(config, sources, steps, reader)
     policy = ErrorPolicy(config.on_error)
     plan = plan_tasks(sources, shard_bytes=config.shard_bytes, context={}, policy=policy)
-    tasks = [
-        ScatterTask(
-            index=index, name=task.name, key=task.key, source=task.source, units=task.units, reading=task.reading
-        )
-        for index, task in enumerate(plan.tasks)
-    ]
-    if reader is not None:
-        tasks = [
-            ScatterTask(index=rank, name=f"rank {rank}", key=f"{rank}/{reader.tasks}") for rank in range(reader.tasks)
-        ]
+    tasks = _scatter_tasks(plan.tasks) if reader is None else _foreign_tasks(reader)
     expected_bytes = _expected(tasks, limits, reader)
     ordering = Ordering.of(
         seed=config.shuffle_seed,
@@ -158,6 +149,19 @@ def plan_job(
         files=sum(len(item.source.files) for item in sources),
         memory=memory,
     )
+
+
+def _scatter_tasks(tasks: Sequence[Task]) -> list[ScatterTask]:
+    return [
+        ScatterTask(
+            index=index, name=task.name, key=task.key, source=task.source, units=task.units, reading=task.reading
+        )
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _foreign_tasks(reader: ForeignReader) -> list[ScatterTask]:
+    return [ScatterTask(index=rank, name=f"rank {rank}", key=f"{rank}/{reader.tasks}") for rank in range(reader.tasks)]
 
 
 def _job(
