@@ -1,29 +1,23 @@
-"""The training loop.
+"""The training loop: steps, evaluations and checkpoints when they are due.
 
-One optimizer step: every rank runs its micro batches, gradients are summed over micro batches and ranks, and divided
-by the number of targets of the whole global batch, which all ranks know from the packing plan. The result is the
-gradient of the mean loss per target whatever the number of ranks and micro batches.
+What one step does is in `step`, where metrics go in `reporting`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from blt_model import ModelConfig as ArchitectureConfig
-from blt_model.loss import cross_entropy_sum
 from blt_model.weights.streaming import build_model
 from blt_train.checkpoint import Model, RunDirectory, TrainerState, load_optimizer, package_versions
 from blt_train.config import TrainConfig
@@ -34,20 +28,18 @@ from blt_train.inputs import Inputs, check_launch, open_inputs
 from blt_train.loader import Loader, MicroBatch, Slice
 from blt_train.metrics import (
     EvaluationMetrics,
-    Metrics,
     MetricsWriter,
     StepMetrics,
-    bits_per_byte,
     read_metrics,
 )
-from blt_train.optim import learning_rate, make_optimizer
+from blt_train.optim import make_optimizer
+from blt_train.reporting import OnProgress, Reporter, step_metrics
 from blt_train.resume import load_for_resume, prepare_run
-from blt_train.runtime import Runtime, autocast, open_runtime, peak_memory_bytes
-from blt_train.sequences import BatchFigures, SequenceStream
+from blt_train.runtime import Runtime, open_runtime
+from blt_train.sequences import SequenceStream
+from blt_train.step import StepOutcome, TrainStep
 
 log = logging.getLogger(__name__)
-
-OnProgress = Callable[[Metrics], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +141,7 @@ class Trainer:
             load_optimizer(checkpoint, self.model, self.optimizer)
         if config.compile:
             self.model.compile()
-        self._forward: nn.Module = self.model
-        if runtime.world_size > 1:
-            self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self._step = TrainStep(self.model, self.optimizer, config, runtime)
         self._stream = SequenceStream(inputs.documents, inputs.capacity, seed=config.seed)
         self._saved_step = self.step if checkpoint is not None else -1
 
@@ -165,7 +155,7 @@ class Trainer:
             stop = stack.enter_context(stop_on_sigterm())
             writer = stack.enter_context(MetricsWriter(self._run.path)) if self.runtime.is_main else None
             if self.step < self.config.schedule.total_steps:
-                self._loop(stop, _Reporter(writer, on_progress))
+                self._loop(stop, Reporter(writer, on_progress))
         steps, evaluations = read_metrics(self._run.path)
         checkpoint = self._run.latest()
         if checkpoint is None:
@@ -179,7 +169,7 @@ class Trainer:
             evaluations=evaluations,
         )
 
-    def _loop(self, stop: threading.Event, report: _Reporter) -> None:
+    def _loop(self, stop: threading.Event, report: Reporter) -> None:
         """Run all remaining steps, with evaluations and checkpoints when they are due."""
         config, total = self.config, self.config.schedule.total_steps
         if self.step == 0:
@@ -222,77 +212,27 @@ class Trainer:
         self, batches: Iterator[MicroBatch], started: float, stop: threading.Event
     ) -> tuple[StepMetrics, bool]:
         """Run one optimizer step; return its metrics and whether any rank was asked to stop."""
-        config, per_step = self.config, self.config.batch.sequences_per_step
+        per_step = self.config.batch.sequences_per_step
         figures = self._stream.figures(self.step * per_step, per_step)
-        nll, waited = self._accumulate(batches, figures)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.gradient_clip)
-        total_nll, stopping = self.runtime.sum([nll.item(), float(stop.is_set())])
-        gradient_norm = float(norm)
-        self._check_finite(total_nll, gradient_norm)
-        rate = learning_rate(self.step + 1, config.optimizer.learning_rate, config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        outcome = self._step.run(batches, figures, step=self.step + 1, votes=[float(stop.is_set())])
+        self._check_finite(outcome)
         self.step += 1
         seconds = time.perf_counter() - started
-        metrics = StepMetrics(
-            step=self.step,
-            loss=total_nll / figures.targets,
-            bpb=bits_per_byte(total_nll, figures.bytes),
-            learning_rate=rate,
-            gradient_norm=gradient_norm,
-            targets=figures.targets,
-            bytes=figures.bytes,
-            patches=figures.patches,
-            mean_patch_length=figures.mean_patch_length,
-            utilisation=figures.utilisation,
-            epoch=figures.epoch,
-            seconds=seconds,
-            data_wait=waited,
-            bytes_per_second=figures.bytes / seconds,
-            patches_per_second=figures.patches / seconds,
-            memory_bytes=peak_memory_bytes(self.runtime.device),
-        )
-        return metrics, stopping > 0
+        metrics = step_metrics(outcome, figures, step=self.step, seconds=seconds, runtime=self.runtime)
+        return metrics, outcome.votes[0] > 0
 
-    def _accumulate(self, batches: Iterator[MicroBatch], figures: BatchFigures) -> tuple[torch.Tensor, float]:
-        """Run this rank's micro batches; return their summed loss in nats (float64) and the seconds spent waiting."""
-        count = self._slice().micro_batches
-        # DDP averages gradients over ranks; the mean over the global batch's targets needs their sum.
-        scale = self.runtime.world_size / figures.targets
-        nll = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        waited = 0.0
-        for index in range(count):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            batch = batch.to(self.runtime.device)
-            is_last = index == count - 1
-            forward = self._forward
-            with contextlib.ExitStack() as stack:
-                if isinstance(forward, DistributedDataParallel) and not is_last:
-                    stack.enter_context(forward.no_sync())
-                with autocast(self.runtime.device, self.config.precision):
-                    logits = forward(batch.packed)
-                loss = cross_entropy_sum(logits, batch.targets)
-                (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            nll += loss.detach().double()
-        return nll, waited
-
-    def _check_finite(self, nll: float, gradient_norm: float) -> None:
-        """Stop before a broken update; every rank sees the same sums, so all stop."""
-        broken = "loss" if not math.isfinite(nll) else "gradient norm" if not math.isfinite(gradient_norm) else None
-        if broken is None:
+    def _check_finite(self, outcome: StepOutcome) -> None:
+        """End a run whose update would have been broken; every rank sees the same sums, so all end."""
+        if outcome.broken is None:
             return
         latest = self._run.latest()
         kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
         raise TrainingError(
-            f"the {broken} is not finite at step {self.step + 1}, so training stops before that update; {kept}: lower "
-            "optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision=float32"
+            f"the {outcome.broken} is not finite at step {self.step + 1}, so training stops before that update; "
+            f"{kept}: lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision=float32"
         )
 
-    def _evaluate(self, report: _Reporter) -> None:
+    def _evaluate(self, report: Reporter) -> None:
         """Evaluate on the held-out documents, if the run has any, and report it."""
         holdout = self.inputs.holdout
         if holdout is None:
@@ -339,25 +279,6 @@ class Trainer:
             log.info("checkpoint %s", directory)
         self.runtime.barrier()
         self._saved_step = self.step
-
-
-class _Reporter:
-    """Passes metrics on to the file and the caller, on the first rank; does nothing on the others."""
-
-    def __init__(self, writer: MetricsWriter | None, on_progress: OnProgress | None) -> None:
-        self._writer = writer
-        self._on_progress = on_progress
-
-    def __call__(self, metrics: Metrics) -> None:
-        if self._writer is not None:
-            self._writer.write(metrics)
-            if self._on_progress is not None:
-                self._on_progress(metrics)
-
-    def sync(self) -> None:
-        """Make the lines so far durable."""
-        if self._writer is not None:
-            self._writer.sync()
 
 
 @contextlib.contextmanager

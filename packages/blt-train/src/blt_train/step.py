@@ -1,0 +1,126 @@
+"""One optimizer step: accumulate over micro batches, clip, guard against what is not finite, update.
+
+Every rank runs its micro batches, gradients are summed over micro batches and ranks, and divided by the number of
+targets of the whole global batch, which all ranks know from the packing plan. The result is the gradient of the mean
+loss per target whatever the number of ranks and micro batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from blt_model.loss import cross_entropy_sum
+from blt_train.checkpoint import Model
+from blt_train.config import TrainConfig
+from blt_train.loader import MicroBatch
+from blt_train.optim import learning_rate
+from blt_train.runtime import Runtime, autocast
+from blt_train.sequences import BatchFigures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutcome:
+    """What one optimizer step gave; equal on all ranks but for `waited`."""
+
+    nll: float
+    """Summed loss of the global batch in nats, before the update."""
+
+    gradient_norm: float
+    """Global norm of the gradient before clipping."""
+
+    learning_rate: float
+    """Rate of the update."""
+
+    waited: float
+    """Seconds in which this rank waited for the loader."""
+
+    broken: str | None
+    """What is not finite, `loss` or `gradient norm`; then there was no update."""
+
+    votes: tuple[float, ...]
+    """Sums over all ranks of what each gave as its votes."""
+
+
+class TrainStep:
+    """Runs optimizer steps of a model."""
+
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, config: TrainConfig, runtime: Runtime) -> None:
+        """Wrap the model for the number of ranks.
+
+        Args:
+            model: on its device.
+            optimizer: of the model's parameters.
+            config: of the run.
+            runtime: this process's place.
+        """
+        self.model, self.optimizer, self.config, self.runtime = model, optimizer, config, runtime
+        self._forward: nn.Module = model
+        if runtime.world_size > 1:
+            self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def run(
+        self, batches: Iterator[MicroBatch], figures: BatchFigures, *, step: int, votes: Sequence[float] = ()
+    ) -> StepOutcome:
+        """Run one optimizer step; every rank sees the same sums, so all update, or none.
+
+        Args:
+            batches: this rank's micro batches, of which the step takes its share.
+            figures: of the global batch.
+            step: number of the step, from 1.
+            votes: numbers to sum over all ranks together with the loss, equally many on every rank.
+        """
+        nll, waited = self._accumulate(batches, figures)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
+        total, *sums = self.runtime.sum([nll.item(), *votes])
+        gradient_norm = float(norm)
+        broken = "loss" if not math.isfinite(total) else "gradient norm" if not math.isfinite(gradient_norm) else None
+        rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
+        if broken is None:
+            self._update(rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(
+            nll=total,
+            gradient_norm=gradient_norm,
+            learning_rate=rate,
+            waited=waited,
+            broken=broken,
+            votes=tuple(sums),
+        )
+
+    def _update(self, rate: float) -> None:
+        """Move the weights along the gradients that they have."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _accumulate(self, batches: Iterator[MicroBatch], figures: BatchFigures) -> tuple[torch.Tensor, float]:
+        """Run this rank's micro batches; return their summed loss in nats (float64) and the seconds spent waiting."""
+        count = self.config.batch.micro_batches(self.runtime.world_size)
+        # DDP averages gradients over ranks; the mean over the global batch's targets needs their sum.
+        scale = self.runtime.world_size / figures.targets
+        nll = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        waited = 0.0
+        for index in range(count):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            batch = batch.to(self.runtime.device)
+            is_last = index == count - 1
+            forward = self._forward
+            with contextlib.ExitStack() as stack:
+                if isinstance(forward, DistributedDataParallel) and not is_last:
+                    stack.enter_context(forward.no_sync())
+                with autocast(self.runtime.device, self.config.precision):
+                    logits = forward(batch.packed)
+                loss = cross_entropy_sum(logits, batch.targets)
+                (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            nll += loss.detach().double()
+        return nll, waited
