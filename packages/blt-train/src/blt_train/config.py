@@ -221,6 +221,60 @@ class EvaluationConfig:
             _require(self.max_bytes >= 1, "evaluation.max_bytes", self.max_bytes, "at least 1, or null")
 
 
+class WandbMode(StrEnum):
+    """Whether metrics go to Weights & Biases too, and how."""
+
+    OFF = "off"
+    OFFLINE = "offline"
+    ONLINE = "online"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """Where metrics go besides `metrics.jsonl`, what the model is asked to write, and what is traced."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files into RUN/tensorboard too; needs `blt-train[tensorboard]`."""
+
+    wandb: WandbMode = WandbMode.OFF
+    """Tell Weights & Biases too: `off`, `offline` (files in RUN/wandb for `wandb sync`) or `online`; needs
+    `blt-train[wandb]`."""
+
+    wandb_project: str = "blt"
+    """Project of Weights & Biases that the run belongs to."""
+
+    samples: tuple[str, ...] = ()
+    """Prompts that the model continues during training, into RUN/samples.jsonl."""
+
+    sample_every: int | None = None
+    """Steps between samples; null for with every evaluation. The last step is always sampled."""
+
+    sample_bytes: int = 200
+    """Bytes that each sample is continued by, at most."""
+
+    profile_step: int | None = None
+    """First step that `torch.profiler` traces, into RUN/profile, one file per rank; null for none."""
+
+    profile_steps: int = 3
+    """How many steps are traced."""
+
+    memory_snapshot: bool = False
+    """Record every CUDA allocation of the traced steps, for pytorch.org/memory_viz; needs `profile_step`."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(bool(self.wandb_project), "logging.wandb_project", self.wandb_project, "a project's name")
+        for name in ("sample_every", "profile_step"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"logging.{name}", value, "at least 1, or null")
+        for name in ("sample_bytes", "profile_steps"):
+            _require(getattr(self, name) >= 1, f"logging.{name}", getattr(self, name), "at least 1")
+        if self.memory_snapshot and self.profile_step is None:
+            raise ConfigError(
+                "logging.memory_snapshot records the steps that are traced: name the first with logging.profile_step"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A whole training run."""
@@ -248,6 +302,9 @@ class TrainConfig:
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The evaluations."""
+
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is told, where to, and what is traced."""
 
     precision: Precision = Precision.FLOAT32
     """Arithmetic of the forward and backward pass: `float32` or `bfloat16` (autocast; weights stay float32)."""

@@ -177,6 +177,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value if value is not None else {}, prefix=name + ".")
+    if typing.get_origin(hint) is tuple:
+        return _convert_list(typing.get_args(hint)[0], value, name)
     if typing.get_origin(hint) is not None:
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a mapping of keys, not {value!r}")
@@ -186,7 +188,17 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     return _convert_scalar(hint, value, name)
 
 
+def _convert_list(hint: type, value: Any, name: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} must be a list such as [a, b], not {value!r}")
+    return tuple(_convert_scalar(hint, item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
 def _convert_choice(hint: type[StrEnum], value: Any, name: str) -> StrEnum:
+    if value is False and "off" in list(hint):
+        value = "off"  # YAML 1.1 reads a bare `off` as false
     try:
         return hint(value)
     except ValueError as error:
