@@ -354,3 +354,10 @@ def test_core_works_without_datatrove(tmp_path: Path) -> None:
     result = blt_data("prepare", *arguments, env=environment)
     check_refusal(result, result.returncode, r"\(datatrove\); pip install 'blt-data\[prepare\]'", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_two_sources_are_refused_rather_than_one_of_them_dropped(tmp_path: Path) -> None:
+    arguments = ["prepare", "--source", "one.txt", "--source", "two.txt", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "--source is given 2 times; name several sources in a file for --recipe" in result.output

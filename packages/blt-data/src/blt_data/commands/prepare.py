@@ -35,12 +35,21 @@ if TYPE_CHECKING:
     from blt_data.executors.slurm_options import SlurmOptions
 
 
+def _only_source(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """Return the one source: of an option given twice, click would drop the first without a word."""
+    if len(values) > 1:
+        raise click.UsageError(f"--source is given {len(values)} times; name several sources in a file for --recipe")
+    return values[0] if values else None
+
+
 @click.command(
     "prepare",
     epilog="Example: blt-data prepare --source fineweb-edu/sample-10BT --output data/bytes --holdout-fraction 0.01",
 )
 @click.option(
     "--source",
+    multiple=True,
+    callback=_only_source,
     help="A Parquet, JSON lines, Arrow or text file, a directory of such files (searched recursively), a quoted glob, "
     "fineweb-edu, fineweb or dclm-baseline-1.0 (also /CONFIG), a URL such as hf://datasets/OWNER/NAME or s3://…, or "
     "python-stdlib: this Python's own standard library.",
