@@ -35,6 +35,14 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class ActivationCheckpointing(StrEnum):
+    """What of a block's forward pass is computed again in its backward pass rather than kept."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise the error of a field whose value breaks its rule."""
     if not condition:
@@ -133,42 +141,81 @@ class BatchConfig:
         return self.sequences_per_step // together
 
 
+class OptimizerName(StrEnum):
+    """What moves the weights."""
+
+    ADAMW = "adamw"
+    MUON = "muon"
+
+
+class ScheduleKind(StrEnum):
+    """Course of the learning rate after the warm-up."""
+
+    COSINE = "cosine"
+    WSD = "wsd"
+    CONSTANT = "constant"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW; norms, biases and embeddings are never decayed."""
+    """The optimizer and what is added to its loss; norms and biases are never decayed."""
+
+    name: OptimizerName = OptimizerName.ADAMW
+    """`adamw`, or `muon`: Muon for the linear maps between hidden states, AdamW for embeddings, head and norms."""
 
     learning_rate: float = 4e-4
-    """Peak learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up; Muon's updates are scaled so that AdamW's rates suit them."""
 
     beta1: float = 0.9
-    """Decay of the first moment per step."""
+    """Decay of AdamW's first moment per step."""
 
     beta2: float = 0.95
-    """Decay of the second moment per step."""
+    """Decay of AdamW's second moment per step."""
 
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
+
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum per step."""
+
+    muon_iterations: int = 5
+    """Newton-Schulz iterations of Muon per step."""
 
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices, multiplied by the learning rate each step."""
+    """Decoupled weight decay of the linear maps, multiplied by the learning rate each step."""
+
+    embedding_weight_decay: float = 0.0
+    """The same of byte embeddings and hash tables."""
 
     gradient_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
+
+    z_loss: float = 0.0
+    """Adds this times the squared log of the softmax's normaliser, mean over targets, to what is minimised."""
+
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per step, such as 0.999; null for none."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("learning_rate", "epsilon", "gradient_clip"):
             _require(_is_positive(getattr(self, name)), f"optimizer.{name}", getattr(self, name), "above 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
-        decay = self.weight_decay
-        _require(math.isfinite(decay) and decay >= 0, "optimizer.weight_decay", decay, "at least 0")
+            _require(value is None or 0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        for name in ("weight_decay", "embedding_weight_decay", "z_loss"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"optimizer.{name}", value, "at least 0")
+        iterations = self.muon_iterations
+        _require(1 <= iterations <= 100, "optimizer.muon_iterations", iterations, "at least 1 and at most 100")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Length of training and the learning rate's course: linear warm-up, then a cosine."""
+    """Length of training and the learning rate's course after a linear warm-up."""
+
+    kind: ScheduleKind = ScheduleKind.COSINE
+    """`cosine`, `wsd` (warm-up, stable, then a linear decay over the last part of the run), or `constant`."""
 
     total_steps: int = 1000
     """Optimizer steps in all; the data is read as many times over as that takes."""
@@ -176,15 +223,19 @@ class ScheduleConfig:
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from 0 to its peak."""
 
+    decay_fraction: float = 0.2
+    """Last part of all steps over which `wsd` decays; the others do not read it."""
+
     min_lr_fraction: float = 0.1
-    """Learning rate of the last step as a fraction of the peak."""
+    """Learning rate of the last step as a fraction of the peak; `constant` does not read it."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         _require(self.total_steps >= 1, "schedule.total_steps", self.total_steps, "at least 1")
         _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
-        fraction = self.min_lr_fraction
-        _require(_is_fraction(fraction), "schedule.min_lr_fraction", fraction, "between 0 and 1")
+        for name in ("decay_fraction", "min_lr_fraction"):
+            fraction = getattr(self, name)
+            _require(_is_fraction(fraction), f"schedule.{name}", fraction, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +252,52 @@ class CheckpointConfig:
         """Check the ranges."""
         _require(self.every >= 1, "checkpoint.every", self.every, "at least 1")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is spread over processes, and what memory is traded for time; the numbers stay the same."""
+
+    shard_ranks: int | None = None
+    """Ranks over which one copy of the weights is sharded; null for all, a divisor of them for replicated shards."""
+
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass and gather them again for the backward pass."""
+
+    reduce_each_micro_batch: bool = False
+    """Reduce gradients after every micro batch: less memory, more communication; false reduces once a step."""
+
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
+    """What blocks recompute in the backward pass: `none`, `selective` (all but matrix products), `full`."""
+
+    float8: bool = False
+    """Run the matrices of the blocks in float8 (torchao); for GPUs of compute capability 8.9 and above."""
+
+    timeout_seconds: float = 600.0
+    """Seconds after which a rank that waits for another gives up."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.shard_ranks is not None:
+            _require(self.shard_ranks >= 1, "parallel.shard_ranks", self.shard_ranks, "at least 1, or null")
+        _require(_is_positive(self.timeout_seconds), "parallel.timeout_seconds", self.timeout_seconds, "above 0")
+
+    def shard_size(self, world_size: int) -> int:
+        """Return over how many ranks one copy of the weights is sharded.
+
+        Args:
+            world_size: number of ranks.
+
+        Raises:
+            ConfigError: the ranks do not divide evenly into copies.
+        """
+        size = self.shard_ranks or world_size
+        if world_size % size:
+            raise ConfigError(
+                f"parallel.shard_ranks is {size}, which does not divide {world_size} process(es): choose a divisor of "
+                "their number, or null for all"
+            )
+        return size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,6 +403,9 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is told, where to, and what is traced."""
 
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes and memory."""
+
     precision: Precision = Precision.FLOAT32
     """Arithmetic of the forward and backward pass: `float32` or `bfloat16` (autocast; weights stay float32)."""
 
@@ -322,7 +422,7 @@ class TrainConfig:
     """CPU threads per process for torch; null leaves torch's own choice, divided among the processes."""
 
     compile: bool = False
-    """Compile the model with `torch.compile`; shapes are static, so it compiles once."""
+    """Compile the blocks with `torch.compile`; shapes are static, so each kind of block compiles once."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
