@@ -1,5 +1,8 @@
 """The native model directory: `config.json` and `model.safetensors`.
 
+Where several processes saved, each wrote `model-00001-of-0000N.safetensors` with the rows that it owns; `load_model`
+reads both (see `section_writing`).
+
 Every file is written to a temporary name, forced to disk and renamed, and the configuration stands in the tensor file's
 metadata too, so that a directory in which the two do not belong together is recognised.
 """
@@ -13,23 +16,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM
 from blt_model.config import ModelConfig, from_json, to_json
 from blt_model.errors import ModelError
+from blt_model.weights.section_reading import SectionReader
+from blt_model.weights.section_writing import Piece, section_file_name, write_section_file
 from blt_model.weights.streaming import load_streaming
-from blt_model.weights.tensor_files import open_weights
+from blt_model.weights.tensor_files import INDEX_SUFFIX, open_weights
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_SECTION = "model"
+WEIGHTS_FILE = section_file_name(WEIGHTS_SECTION)
 METADATA_KEY = "blt_model.config"
 
 
 def _canonical(config: ModelConfig) -> str:
     return json.dumps(to_json(config), sort_keys=True)
+
+
+def weights_metadata(config: ModelConfig) -> dict[str, str]:
+    """The metadata of a file of weights: the model's configuration.
+
+    Args:
+        config: of the model.
+    """
+    return {METADATA_KEY: _canonical(config)}
+
+
+def config_text(config: ModelConfig) -> str:
+    """The content of `config.json`.
+
+    Args:
+        config: of the model.
+    """
+    return json.dumps(to_json(config), indent=2) + "\n"
 
 
 def sync_path(path: Path) -> None:
@@ -65,19 +87,15 @@ def save_model(model: ByteLM | BLT, directory: str | os.PathLike[str]) -> None:
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    # One entry only: safetensors writes several in random order, and equal models should give equal files.
-    metadata = {METADATA_KEY: _canonical(model.config)}
-
-    def write_weights(path: Path) -> None:
-        try:
-            save_file(tensors, path, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"{target / WEIGHTS_FILE} could not be written: {error}") from error
-
-    _write(target / WEIGHTS_FILE, write_weights)
-    text = json.dumps(to_json(model.config), indent=2) + "\n"
+    pieces = [Piece(name, tensor) for name, tensor in model.state_dict().items()]
+    metadata = weights_metadata(model.config)
+    _write(target / WEIGHTS_FILE, lambda path: _write_weights(path, pieces, metadata))
+    text = config_text(model.config)
     _write(target / CONFIG_FILE, lambda path: _write_text(path, text))
+
+
+def _write_weights(path: Path, pieces: list[Piece], metadata: dict[str, str]) -> None:
+    write_section_file(path, pieces, metadata)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -105,7 +123,7 @@ def load_model(
     """Read a model directory.
 
     Args:
-        directory: what save_model wrote.
+        directory: what save_model wrote, or several processes together.
         device: where the weights go.
         dtype: convert the weights; None keeps what was saved.
 
@@ -117,12 +135,12 @@ def load_model(
     """
     source = Path(directory)
     config = _read_config(source / CONFIG_FILE)
-    files = open_weights(source)
+    is_indexed = (source / f"{WEIGHTS_FILE}{INDEX_SUFFIX}").is_file()
+    files = open_weights(source) if is_indexed else SectionReader(source, WEIGHTS_SECTION)
     stored = files.metadata.get(METADATA_KEY)
     if stored and stored != _canonical(config):
         raise ModelError(
-            f"{source / WEIGHTS_FILE} was saved with another configuration than {CONFIG_FILE} beside it; "
-            "save both again."
+            f"{source} holds weights that were saved with another configuration than {CONFIG_FILE}; save both again."
         )
     return load_streaming(config, files, pieces=None, where=source, device=device, dtype=dtype)
 

@@ -25,7 +25,7 @@ from blt_model.errors import ModelError
 INDEX_SUFFIX = ".index.json"
 _HEADER_LIMIT = 100_000_000
 _CHUNK_BYTES = 32 << 20
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -62,7 +62,9 @@ class TensorFiles(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
+    """Where a tensor lies: `start` counts bytes from the beginning of the file."""
+
     path: Path
     start: int
     info: TensorInfo
@@ -81,9 +83,9 @@ class SafetensorsFiles:
             ModelError: a file is missing, damaged or no safetensors file.
         """
         self.metadata: dict[str, str] = {}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         for path in paths:
-            places, metadata = _read_header(path)
+            places, metadata = read_header(path)
             for name in places:
                 if name in self._places:
                     raise ModelError(f"{path} and {self._places[name].path} both hold the tensor {name}.")
@@ -110,17 +112,27 @@ class SafetensorsFiles:
         with place.path.open("rb", buffering=0) as file:
             file.seek(place.start)
             if target.device.type == "cpu" and target.dtype == place.info.dtype:
-                _fill(file, target, place.path)
+                fill_from(file, target, place.path)
                 return
             length = max(1, _CHUNK_BYTES // place.info.dtype.itemsize)
             for start in range(0, len(target), length):
                 part = target[start : start + length]
                 chunk = torch.empty(len(part), dtype=place.info.dtype)
-                _fill(file, chunk, place.path)
+                fill_from(file, chunk, place.path)
                 part.copy_(chunk)
 
 
-def _fill(file: BinaryIO, target: Tensor, path: Path) -> None:
+def fill_from(file: BinaryIO, target: Tensor, path: Path) -> None:
+    """Fill a contiguous CPU tensor with the next bytes of a file.
+
+    Args:
+        file: raw, open at the place.
+        target: of one dimension.
+        path: the file's, for messages.
+
+    Raises:
+        ModelError: the file ends too early.
+    """
     view = target.view(torch.uint8).numpy().data
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]  # raw files have it
@@ -129,7 +141,18 @@ def _fill(file: BinaryIO, target: Tensor, path: Path) -> None:
         view = view[count:]
 
 
-def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+    """Read the header of a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Each tensor's place, and the file's metadata.
+
+    Raises:
+        ModelError: the file is missing, damaged or no safetensors file.
+    """
     if not path.is_file():
         raise ModelError(f"{path} is missing; fetch or save the model again.")
     size = path.stat().st_size
@@ -150,18 +173,18 @@ def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
         raise ModelError(f"{path} is damaged or no safetensors file ({reason}); fetch or save it again.") from None
 
 
-def _place(path: Path, base: int, size: int, value: dict[str, Any]) -> _Place:
+def _place(path: Path, base: int, size: int, value: dict[str, Any]) -> Place:
     dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"its dtype {dtype!r} is not supported")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
         raise ValueError("its shapes or offsets are no whole numbers")
-    info = TensorInfo(tuple(shape), _DTYPES[dtype])
+    info = TensorInfo(tuple(shape), DTYPES[dtype])
     if stop - start != math.prod(shape) * info.dtype.itemsize:
         raise ValueError("a tensor's shape does not fit its bytes")
     if base + stop > size:
         raise ValueError("its tensors are cut off")
-    return _Place(path, base + start, info)
+    return Place(path, base + start, info)
 
 
 class PickledTensors:
