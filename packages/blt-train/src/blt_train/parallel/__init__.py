@@ -1,0 +1,1 @@
+"""Models over several processes: meshes, sharded weights and tables, recomputation, compilation, float8."""
