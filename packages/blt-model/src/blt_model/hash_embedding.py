@@ -86,8 +86,18 @@ class HashEmbedding(nn.Module):
             [T, dim] of the table's dtype.
         """
         rows = hash_rows(tokens, positions, self.config)
-        weights = None
-        if self.config.omit_partial:
-            sizes = torch.tensor(self.config.ngram_sizes, device=tokens.device).repeat(self.config.num_functions)
-            weights = (positions[:, None] + 1 >= sizes).to(self.weight.dtype)
-        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=weights)
+        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=self.sample_weights(positions))
+
+    def sample_weights(self, positions: Tensor) -> Tensor | None:
+        """What each n-gram's embedding counts.
+
+        Args:
+            positions: int64 [T], the place of each token in its document.
+
+        Returns:
+            [T, M] of the table's dtype, 0 for n-grams that are left out; None where all count 1.
+        """
+        if not self.config.omit_partial:
+            return None
+        sizes = torch.tensor(self.config.ngram_sizes, device=positions.device).repeat(self.config.num_functions)
+        return (positions[:, None] + 1 >= sizes).to(self.weight.dtype)
