@@ -340,6 +340,9 @@ class LoggingConfig:
     wandb_project: str = "blt"
     """Project of Weights & Biases that the run belongs to."""
 
+    update_norm: bool = True
+    """Report the norm of each update; it needs room for a copy of the rank's weights during the update."""
+
     samples: tuple[str, ...] = ()
     """Prompts that the model continues during training, into RUN/samples.jsonl."""
 

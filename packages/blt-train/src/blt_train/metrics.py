@@ -6,20 +6,25 @@ are those of an uninterrupted one but for times and speeds: lines beyond the che
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any
+from typing import Any
 
-from blt_train.errors import CheckpointError
-from blt_train.files import naming, replace_text
+from blt_train.json_lines import JsonLinesWriter, cut_after_step, naming_line, parse_object, read_lines
 
 METRICS_NAME = "metrics.jsonl"
+
+#: Fields that hold a number for each source.
+_BY_SOURCE = frozenset({"sources", "holdout_bpb_by_source"})
+
+#: What is told of a line that nothing like metrics is in; it goes on from "line 3 ".
+_NO_LINE = "is no metrics line; delete the line to go on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +46,9 @@ class StepMetrics:
     gradient_norm: float
     """Global norm of the gradient before clipping."""
 
+    update_norm: float | None
+    """Norm of the change of all weights by this step; null where `logging.update_norm` is false."""
+
     targets: int
     """Predictions in the global batch."""
 
@@ -59,6 +67,12 @@ class StepMetrics:
     epoch: float
     """Passes over the training data completed."""
 
+    sources: Mapping[str, float] | None
+    """Share of the batch's bytes from each source of a mixture; null for one directory."""
+
+    flops: float
+    """Model operations of the step, forward and backward, all ranks together; no recomputation, no padding."""
+
     seconds: float
     """Wall-clock time since the previous step's end, evaluation and checkpoints left out."""
 
@@ -71,8 +85,23 @@ class StepMetrics:
     patches_per_second: float
     """Patches per second, all ranks together."""
 
+    bytes_per_second_per_rank: float
+    """The same for one rank, that is one GPU."""
+
+    patches_per_second_per_rank: float
+    """The same for one rank, that is one GPU."""
+
+    flops_per_second_per_rank: float
+    """Model operations per second of one rank, that is one GPU."""
+
+    mfu: float | None
+    """Model FLOP utilisation: that over the GPU's peak; null on CPU and for GPUs whose peak is not known."""
+
     memory_bytes: int
-    """Peak memory of the first rank: allocated on its GPU, or resident in RAM on CPU."""
+    """Peak memory of the first rank so far: allocated on its GPU, or resident in RAM on CPU."""
+
+    memory_reserved_bytes: int | None
+    """Peak memory that the allocator of the first rank's GPU has taken so far; null on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +123,10 @@ class EvaluationMetrics:
     holdout_documents: int
     """Documents evaluated."""
 
+    holdout_bpb_by_source: Mapping[str, float] | None
+    """The bits per byte of each source that has a byte: the sources of a mixture, or those that the documents of one
+    directory name; null where there is only one."""
+
     holdout_seconds: float
     """Wall-clock time it took."""
 
@@ -113,20 +146,64 @@ def bits_per_byte(nll: float, num_bytes: int) -> float:
 
 def to_line(metrics: Metrics) -> str:
     """Return the metrics as one JSON line."""
-    return json.dumps(dataclasses.asdict(metrics), allow_nan=False) + "\n"
+    return json.dumps(dataclasses.asdict(metrics), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def from_record(record: dict[str, Any]) -> Metrics:
     """Return the metrics of one decoded JSON line.
 
     Raises:
-        TypeError: it holds other fields, or a value that is no number.
+        TypeError: it holds other fields, or a value that is no number; the message goes on from "line 3 ".
     """
-    metrics = EvaluationMetrics(**record) if "holdout_bpb" in record else StepMetrics(**record)
+    kind = EvaluationMetrics if "holdout_bpb" in record else StepMetrics
+    names = {item.name for item in dataclasses.fields(kind)}
+    if names != record.keys():
+        if len(names & record.keys()) < 2:
+            raise TypeError(_NO_LINE)
+        missing, unknown = sorted(names - record.keys()), sorted(record.keys() - names)
+        told = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which is unknown"
+        raise TypeError(
+            f"{told}: another version of blt-train wrote it; go on with that version, or move the file away, and the "
+            "metrics begin anew"
+        )
     for name, value in record.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float, NoneType)):
-            raise TypeError(f"{name} is no number")
-    return metrics
+        values = value.values() if isinstance(value, dict) and name in _BY_SOURCE else (value,)
+        if not all(isinstance(item, (int, float, NoneType)) and not isinstance(item, bool) for item in values):
+            raise TypeError(_NO_LINE)
+    return kind(**record)
+
+
+def parse_line(line: bytes) -> Metrics:
+    """Return the metrics of one line of the file.
+
+    Raises:
+        ValueError: it is no JSON object.
+        TypeError: as `from_record`.
+    """
+    try:
+        record = parse_object(line)
+    except ValueError as error:
+        raise ValueError(_NO_LINE) from error
+    return from_record(record)
+
+
+def stream_metrics(run: str | os.PathLike[str]) -> Iterator[Metrics]:
+    """Read a run's metrics one by one.
+
+    Args:
+        run: the run directory.
+
+    Yields:
+        Steps and evaluations in order; a last line that a killed process left half-written is passed over.
+
+    Raises:
+        CheckpointError: a line is no metrics line; it is named.
+    """
+    path = Path(run) / METRICS_NAME
+    for number, line in read_lines(path):
+        with naming_line(path, number):
+            metrics = parse_line(line)
+        yield metrics
 
 
 def read_metrics(run: str | os.PathLike[str]) -> tuple[tuple[StepMetrics, ...], tuple[EvaluationMetrics, ...]]:
@@ -143,26 +220,12 @@ def read_metrics(run: str | os.PathLike[str]) -> tuple[tuple[StepMetrics, ...], 
     """
     steps: list[StepMetrics] = []
     evaluations: list[EvaluationMetrics] = []
-    for metrics in _read(Path(run) / METRICS_NAME):
+    for metrics in stream_metrics(run):
         if isinstance(metrics, StepMetrics):
             steps.append(metrics)
         else:
             evaluations.append(metrics)
     return tuple(steps), tuple(evaluations)
-
-
-def _read(path: Path) -> list[Metrics]:
-    """Return all whole lines of a metrics file; a missing file has none."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
-    result: list[Metrics] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            result.append(from_record(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: line {number} is no metrics line; delete the line to go on") from error
-    return result
 
 
 def truncate_metrics(run: Path, step: int) -> None:
@@ -171,12 +234,14 @@ def truncate_metrics(run: Path, step: int) -> None:
     Args:
         run: the run directory.
         step: last step to keep; below 0 keeps nothing.
+
+    Raises:
+        CheckpointError: a line to keep is no metrics line; it is named.
     """
-    kept = [metrics for metrics in _read(run / METRICS_NAME) if metrics.step <= step]
-    replace_text(run / METRICS_NAME, "".join(map(to_line, kept)))
+    cut_after_step(run / METRICS_NAME, step, lambda line: parse_line(line).step)
 
 
-class MetricsWriter:
+class MetricsWriter(JsonLinesWriter):
     """Appends lines to a run's metrics file; a context manager."""
 
     def __init__(self, run: Path) -> None:
@@ -185,23 +250,8 @@ class MetricsWriter:
         Args:
             run: the run directory.
         """
-        self._path = run / METRICS_NAME
-        self._file: IO[str] = self._path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failed write closing fails again; the first error is the one to tell.
-        with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
-            self._file.close()
+        super().__init__(run / METRICS_NAME)
 
     def write(self, metrics: Metrics) -> None:
         """Append one line; readers see it at once."""
-        with naming(self._path):
-            self._file.write(to_line(metrics))
-            self._file.flush()
-
-    def sync(self) -> None:
-        """Make all lines so far durable, as a checkpoint that vouches for them needs."""
-        os.fsync(self._file.fileno())
+        self.write_line(to_line(metrics))

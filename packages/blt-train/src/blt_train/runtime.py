@@ -140,3 +140,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts kibibytes, macOS bytes.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """Return the most memory that torch's allocator has taken from the GPU so far; None for CPU."""
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None

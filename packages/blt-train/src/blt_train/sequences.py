@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from blt_train.documents import DocumentTable
+from blt_train.documents import DocumentTable, Int64Array
 from blt_train.plan import Capacity, Plan, plan_epoch
 
 #: Plans kept in memory: the current epoch's, its neighbours' at the border.
@@ -38,6 +39,12 @@ class BatchFigures:
 
     epoch: float
     """Passes over the data completed at the batch's end, in sequences."""
+
+    document_tokens: Int64Array = field(compare=False)
+    """int64 [N]: input tokens of each document, or piece of one, in the batch; what attention costs depends on them."""
+
+    document_patches: npt.NDArray[np.float64] = field(compare=False)
+    """float64 [N]: patches of each; those of a sequence are shared out by tokens. Zeros for the byte LM."""
 
     @property
     def utilisation(self) -> float:
@@ -89,6 +96,8 @@ class SequenceStream:
     def figures(self, first: int, count: int) -> BatchFigures:
         """Return what sequences first to first + count - 1 hold together."""
         targets, content, patches = 0, 0, 0
+        document_tokens: list[Int64Array] = []
+        document_patches: list[npt.NDArray[np.float64]] = []
         epoch, sequence = 0, 0
         for index in range(first, first + count):
             epoch, sequence = self.locate(index)
@@ -96,10 +105,16 @@ class SequenceStream:
             targets += int(plan.sequence_tokens[sequence])
             content += int(plan.sequence_bytes[sequence])
             patches += int(plan.sequence_patches[sequence])
+            pieces = slice(plan.first_piece[sequence], plan.first_piece[sequence] + plan.num_pieces[sequence])
+            document_tokens.append(plan.piece_end[pieces] - plan.piece_start[pieces])
+            per_token = plan.sequence_patches[sequence] / max(1, plan.sequence_tokens[sequence])
+            document_patches.append(document_tokens[-1] * per_token)
         return BatchFigures(
             targets=targets,
             bytes=content,
             patches=patches,
             capacity_tokens=count * self.capacity.tokens,
             epoch=epoch + (sequence + 1) / self.plan(epoch).num_sequences,
+            document_tokens=np.concatenate(document_tokens),
+            document_patches=np.concatenate(document_patches),
         )

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from blt_model.loss import cross_entropy_sum
+from blt_model.loss import cross_entropy_and_z_sum
 from blt_train.checkpoint import Model
 from blt_train.config import TrainConfig
 from blt_train.loader import MicroBatch
-from blt_train.optim import learning_rate
+from blt_train.optim import WeightAverage, learning_rate
 from blt_train.runtime import Runtime, autocast
 from blt_train.sequences import BatchFigures
+from blt_train.update_norm import UpdateNorm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,9 @@ class StepOutcome:
 
     gradient_norm: float
     """Global norm of the gradient before clipping."""
+
+    update_norm: float | None
+    """Norm of the change of all weights; 0 where there was no update, None where it is not measured."""
 
     learning_rate: float
     """Rate of the update."""
@@ -62,6 +66,9 @@ class TrainStep:
             runtime: this process's place.
         """
         self.model, self.optimizer, self.config, self.runtime = model, optimizer, config, runtime
+        decay = config.optimizer.ema_decay
+        #: Moving average of the weights; a checkpoint's section "ema" is its `tensors`.
+        self.average = None if decay is None else WeightAverage(model, decay)
         self._forward: nn.Module = model
         if runtime.world_size > 1:
             self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -83,23 +90,30 @@ class TrainStep:
         gradient_norm = float(norm)
         broken = "loss" if not math.isfinite(total) else "gradient norm" if not math.isfinite(gradient_norm) else None
         rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
+        measures = self.config.logging.update_norm
+        update_norm = 0.0 if measures else None
         if broken is None:
-            self._update(rate)
+            moved = UpdateNorm(self.model.parameters(), self.runtime) if measures else None
+            self._update(rate, step)
+            update_norm = moved.norm() if moved is not None else None
         self.optimizer.zero_grad(set_to_none=True)
         return StepOutcome(
             nll=total,
             gradient_norm=gradient_norm,
+            update_norm=update_norm,
             learning_rate=rate,
             waited=waited,
             broken=broken,
             votes=tuple(sums),
         )
 
-    def _update(self, rate: float) -> None:
+    def _update(self, rate: float, step: int) -> None:
         """Move the weights along the gradients that they have."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
 
     def _accumulate(self, batches: Iterator[MicroBatch], figures: BatchFigures) -> tuple[torch.Tensor, float]:
         """Run this rank's micro batches; return their summed loss in nats (float64) and the seconds spent waiting."""
@@ -120,7 +134,7 @@ class TrainStep:
                     stack.enter_context(forward.no_sync())
                 with autocast(self.runtime.device, self.config.precision):
                     logits = forward(batch.packed)
-                loss = cross_entropy_sum(logits, batch.targets)
+                loss, plain = cross_entropy_and_z_sum(logits, batch.targets, self.config.optimizer.z_loss)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            nll += loss.detach().double()
+            nll += plain.double()
         return nll, waited

@@ -155,7 +155,7 @@ class Trainer:
             stop = stack.enter_context(stop_on_sigterm())
             writer = stack.enter_context(MetricsWriter(self._run.path)) if self.runtime.is_main else None
             if self.step < self.config.schedule.total_steps:
-                self._loop(stop, Reporter(writer, on_progress))
+                self._loop(stop, Reporter(writer, on_progress=on_progress))
         steps, evaluations = read_metrics(self._run.path)
         checkpoint = self._run.latest()
         if checkpoint is None:
@@ -218,7 +218,9 @@ class Trainer:
         self._check_finite(outcome)
         self.step += 1
         seconds = time.perf_counter() - started
-        metrics = step_metrics(outcome, figures, step=self.step, seconds=seconds, runtime=self.runtime)
+        metrics = step_metrics(
+            outcome, figures, step=self.step, seconds=seconds, runtime=self.runtime, inputs=self.inputs
+        )
         return metrics, outcome.votes[0] > 0
 
     def _check_finite(self, outcome: StepOutcome) -> None:
@@ -254,6 +256,7 @@ class Trainer:
                 holdout_loss=result.loss,
                 holdout_bytes=result.bytes,
                 holdout_documents=result.documents,
+                holdout_bpb_by_source=None,
                 holdout_seconds=time.perf_counter() - started,
             )
         )
