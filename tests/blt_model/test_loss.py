@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 
-from blt_model import cross_entropy_sum, loss
+from blt_model import cross_entropy_and_z_sum, cross_entropy_sum, loss
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
@@ -20,6 +20,27 @@ def test_equals_torch(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(3 * ours, logits), torch.autograd.grad(3 * theirs, logits), rtol=1e-10, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_z_loss_against_float64(monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    torch.manual_seed(0)
+    reference = (5 * torch.randn(23, 260, dtype=torch.float64)).requires_grad_()
+    logits = reference.detach().to(dtype).requires_grad_()
+    targets = torch.randint(0, 260, (23,))
+    targets[3:9] = -100
+    kept = targets != -100
+    plain = F.cross_entropy(reference, targets, reduction="sum")
+    expected = plain + 0.03 * reference.logsumexp(-1)[kept].square().sum()
+    ours, ours_plain = cross_entropy_and_z_sum(logits, targets, 0.03)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(ours.double(), expected, **tolerance)
+    torch.testing.assert_close(ours_plain.double(), plain, **tolerance)
+    (gradient,) = torch.autograd.grad(3 * ours, logits)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(3 * expected, reference)[0], **tolerance)
+    assert not ours_plain.requires_grad
 
 
 def test_sums_half_precision_logits_in_float32() -> None:

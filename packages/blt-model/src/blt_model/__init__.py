@@ -20,7 +20,7 @@ from blt_model.config import (
 from blt_model.errors import ModelError
 from blt_model.flops import blt_flops, byte_lm_flops, parameter_counts
 from blt_model.generation import Completion, Generator, NextPatch, Request, SamplingOptions
-from blt_model.loss import cross_entropy_sum
+from blt_model.loss import cross_entropy_and_z_sum, cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
 from blt_model.weights import (
     LoadedModel,
@@ -57,6 +57,7 @@ __all__ = [
     "WeightFormat",
     "blt_flops",
     "byte_lm_flops",
+    "cross_entropy_and_z_sum",
     "cross_entropy_sum",
     "from_json",
     "load",

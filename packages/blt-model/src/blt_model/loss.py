@@ -18,27 +18,39 @@ CHUNK_TOKENS = 8192
 
 
 class _CrossEntropySum(torch.autograd.Function):
+    """Gives the differentiable objective and, where the normaliser counts too, the plain loss beside it."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
+        penalty = torch.zeros_like(total)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for start in range(0, len(logits), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            log_probabilities = torch.log_softmax(logits[rows].to(wide), dim=-1)
-            total = total + F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+            chunk, chunk_targets = logits[rows].to(wide), targets[rows]
+            kept = (chunk_targets != IGNORED_TARGET)[:, None]
+            if z_loss:
+                normaliser = chunk.logsumexp(dim=-1, keepdim=True)
+                log_probabilities = chunk - normaliser
+                penalty = penalty + z_loss * (normaliser.square() * kept).sum()
+            else:
+                log_probabilities = torch.log_softmax(chunk, dim=-1)
+            total = total + F.nll_loss(log_probabilities, chunk_targets, ignore_index=IGNORED_TARGET, reduction="sum")
             if gradient is not None:
-                kept = (targets[rows] != IGNORED_TARGET)[:, None]
                 part = log_probabilities.exp_()
-                part.scatter_add_(1, targets[rows].clamp(min=0)[:, None], -kept.to(wide))
+                if z_loss:
+                    part *= 1 + 2 * z_loss * normaliser
+                part.scatter_add_(1, chunk_targets.clamp(min=0)[:, None], -kept.to(wide))
                 gradient[rows] = part * kept
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(total)
+        return total + penalty, total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None
+        return gradient * gradients[0].to(gradient.dtype), None, None
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -51,5 +63,20 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Scalar in nats, at least float32, differentiable once.
     """
-    result: Tensor = _CrossEntropySum.apply(logits, targets)
+    return cross_entropy_and_z_sum(logits, targets, 0.0)[0]
+
+
+def cross_entropy_and_z_sum(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Sum over positions of the loss that keeps the softmax's normaliser near 1 besides predicting the target.
+
+    Args:
+        logits: [T, V] of any floating dtype.
+        targets: int64 [T]; positions of target -100 count nothing.
+        z_loss: weight of the squared log of the normaliser; 0 for the plain loss.
+
+    Returns:
+        Two scalars of at least float32: the sum of -log p(target) + z_loss * log(sum of exp(logits)) ** 2,
+        differentiable once, and the sum of -log p(target) alone, in nats, with no gradient.
+    """
+    result: tuple[Tensor, Tensor] = _CrossEntropySum.apply(logits, targets, z_loss)
     return result
