@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +113,7 @@ def test_muon_is_torchs_on_every_matrix_and_adamw_elsewhere() -> None:
             for part, gradient in zip(parts, parameter.grad.split(list(rows)), strict=True):
                 part.grad = gradient.clone()
         optimizer.step()
-        reference.step()
+        reference.step()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         adamw.step()
     plain = dict(theirs.named_parameters())
     merged = {id(parameter): torch.cat(parts) for parameter, parts in zip(matrices["params"], split, strict=True)}  # type: ignore[call-overload]  # lists
@@ -205,3 +208,18 @@ def test_schedule_edges(kind: ScheduleKind, warmup: int, fraction: float) -> Non
     assert all(0 <= rate <= 1 for rate in rates)
     falls = warmup < 5 and (kind is ScheduleKind.COSINE or (kind is ScheduleKind.WSD and fraction > 0))
     assert (rates[-1] == 0) == falls
+
+
+def test_sharded_parameters_move_as_whole_ones(repository: Path) -> None:
+    """Four processes, rows that do not divide, and copies of shards: the same bits for both optimizers."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    done = subprocess.run(
+        [*words, "-m", "tests.blt_train.sharded_optimizers"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("agree")]
+    assert lines == [f"agree {mesh} {name}" for mesh in ("sharded", "replicated") for name in OptimizerName]

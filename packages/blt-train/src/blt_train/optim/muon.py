@@ -54,7 +54,8 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide is half else x.mT.contiguous()
+    result: Tensor = x if wide is half else x.mT.contiguous()
+    return result
 
 
 def muon_direction(momentum: Tensor, sections: Sequence[int], iterations: int) -> Tensor:
@@ -70,7 +71,7 @@ def muon_direction(momentum: Tensor, sections: Sequence[int], iterations: int) -
     """
     parts = [
         orthogonalize(part, iterations) * (_ADAMW_RMS * math.sqrt(max(part.shape)))
-        for part in momentum.split(list(sections))
+        for part in torch.split(momentum, list(sections))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -202,7 +203,7 @@ def _round(matrices: Sequence[_Matrix], iterations: int) -> Iterator[tuple[_Matr
     whole = _exchange(sent, there, here, layout)
     if own is not None:
         whole = muon_direction(whole.view(-1, own.columns), own.sections, iterations).flatten()
-    parts = _exchange(whole, here, there, layout).split(there)
+    parts = torch.split(_exchange(whole, here, there, layout), there)
     for matrix, part in zip(matrices, parts[: len(matrices)], strict=True):
         yield matrix, part.view(-1, matrix.columns)
 
