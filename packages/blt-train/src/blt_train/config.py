@@ -243,15 +243,25 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every: int = 200
-    """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+    """Steps between checkpoints; one is always written at the end, on SIGTERM and on SIGUSR1."""
 
     keep_last: int = 2
     """How many of the newest checkpoints stay on disk."""
+
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this stay for ever, besides the newest; null for none."""
+
+    asynchronous: bool = True
+    """Write checkpoints while training goes on, from a copy in CPU memory; false saves the memory of that copy."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         _require(self.every >= 1, "checkpoint.every", self.every, "at least 1")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
+        if self.keep_every is not None:
+            rule = f"a multiple of checkpoint.every ({self.every}), or null"
+            is_multiple = self.keep_every >= 1 and self.keep_every % self.every == 0
+            _require(is_multiple, "checkpoint.keep_every", self.keep_every, rule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
