@@ -168,9 +168,9 @@ def _rows_of_file(path: Path, places: Mapping[str, Place], metadata: Mapping[str
         checksums = None
         if text is not None:
             digits = text[used * _CRC_DIGITS : (used + count) * _CRC_DIGITS]
-            checksums = tuple(int(digits[at : at + _CRC_DIGITS], 16) for at in range(0, len(digits), _CRC_DIGITS))
-            if len(checksums) != count:
+            if len(digits) != count * _CRC_DIGITS:
                 raise ValueError("checksums are missing")
+            checksums = tuple(int(digits[at : at + _CRC_DIGITS], 16) for at in range(0, len(digits), _CRC_DIGITS))
         used += count
         result[name] = _Rows(place, first, first + length, total, checksums)
     return result
