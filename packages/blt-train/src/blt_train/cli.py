@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blt_data.console import ByteSize, ProgressBar, format_bytes, friendly_errors, print_table, progress
+from blt_data.console import ByteSize, format_bytes, friendly_errors, print_table, progress
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
+from blt_train.display import TrainingDisplay
 from blt_train.errors import EXIT_SIGTERM
 from blt_train.exchange_commands import export_command, import_command
 from blt_train.generate_command import generate_command
-from blt_train.metrics import Metrics, StepMetrics
 from blt_train.quickstart.command import quickstart_command
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def _train(config: TrainConfig, resume: bool) -> None:
     if not rank_is_shown:
         result = train(config, resume=resume)
     else:
-        with progress(f"training {config.run}", config.schedule.total_steps, "steps") as bar:
-            result = train(config, resume=resume, on_progress=_StepProgress(bar))
+        with TrainingDisplay(f"training {config.run}", config.schedule.total_steps) as display:
+            result = train(config, resume=resume, on_progress=display)
         _print_summary(result)
     if not result.is_finished:
         click.echo(f"stopped by SIGTERM after step {result.step}; run the same command again to go on", err=True)
@@ -76,23 +76,6 @@ def _train(config: TrainConfig, resume: bool) -> None:
 
 def _is_first_rank() -> bool:
     return os.environ["RANK"] == "0"
-
-
-class _StepProgress:
-    """Moves a progress bar by the metrics of a run, also one that is resumed in the middle."""
-
-    def __init__(self, bar: ProgressBar) -> None:
-        self._bar = bar
-        self._done = 0
-        self._holdout = ""
-
-    def __call__(self, metrics: Metrics) -> None:
-        if isinstance(metrics, StepMetrics):
-            note = f"{metrics.bpb:.3f} bits/byte{self._holdout}, {format_bytes(metrics.bytes_per_second)}/s"
-            self._bar.advance(metrics.step - self._done, note)
-            self._done = metrics.step
-        else:
-            self._holdout = f" (held out {metrics.holdout_bpb:.3f})"
 
 
 def _print_summary(result: TrainResult) -> None:
@@ -150,6 +133,15 @@ def evaluate_command(
             "bits per byte": f"{result.bpb:.4f}",
         },
     )
+    if result.by_source:
+        print_table(
+            "By source",
+            [
+                (name, tally.documents, tally.bytes, f"{tally.bpb:.4f}" if tally.bytes else "")
+                for name, tally in result.by_source.items()
+            ],
+            ("source", "documents", "bytes", "bits per byte"),
+        )
 
 
 main.add_command(export_command)
