@@ -82,7 +82,8 @@ def test_files_are_what_safetensors_reads_and_writes(tmp_path: Path) -> None:
     stored = {name: tensor.contiguous() for name, tensor in tensors().items()}
     write_section_file(tmp_path / "ours.safetensors", [Piece(name, item) for name, item in stored.items()])
     theirs = load_file(tmp_path / "ours.safetensors")
-    assert all(torch.equal(theirs[name], stored[name]) for name in stored) and theirs.keys() == stored.keys()
+    assert theirs.keys() == stored.keys()
+    assert all(torch.equal(theirs[name], stored[name]) for name in stored)
     save_file(stored, tmp_path / "theirs.safetensors")
     reader = SectionReader(tmp_path, "theirs")
     for name, tensor in stored.items():
@@ -185,7 +186,7 @@ def _change_metadata(directory: Path, key: str, value: str) -> None:
         (_disagree, r"hold parts of rows that do not fit each other"),
         (
             _put_rows_outside,
-            r"model-00002-of-00003\.safetensors is damaged \(it holds 3 rows of rows from 8 on, of 9\)",
+            r"model-00002-of-00003.* is damaged \(it holds 3 rows of rows from 8 on, of 9\)",
         ),
         (_spoil_rows, r"model-00002-of-00003\.safetensors is damaged"),
     ],
