@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import click
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -140,7 +141,7 @@ class StepProfiler:
         table = recording.key_averages().table(sort_by=by, row_limit=_TABLE_ROWS, max_name_column_width=60)
         with naming(path):
             path.write_text(table, encoding="utf-8")
-        log.info("operators that took the most time in steps %d to %d:\n%s", self._first, self._last, table)
+        click.echo(f"operators that took the most time in steps {self._first} to {self._last}:\n{table}", err=True)
 
     def _write_memory(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}")

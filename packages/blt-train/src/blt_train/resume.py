@@ -24,6 +24,7 @@ from blt_train.errors import CheckpointError
 from blt_train.files import publish_directory, replace_text
 from blt_train.inputs import Inputs
 from blt_train.metrics import truncate_metrics
+from blt_train.samples import truncate_samples
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def prepare_run(run: RunDirectory, inputs: Inputs, *, resume: bool) -> None:
         log.info("resuming from %s", latest)
     run.clean()
     truncate_metrics(run.path, step)
+    truncate_samples(run.path, step)
     replace_text(run.path / CONFIG_NAME, config_to_yaml(inputs.config))
     if inputs.entropy_model is not None:
         _keep_entropy_model(run.path / ENTROPY_MODEL_NAME, inputs)
