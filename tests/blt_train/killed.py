@@ -20,7 +20,6 @@ import torch._dynamo  # noqa: F401  # an optimizer loads it on first use; loaded
 from blt_train.cli import main
 from blt_train.config_parsing import load_config
 from blt_train.inputs import open_inputs
-from blt_train.plan import plan_epoch
 
 OPERATIONS = ("fsync", "replace", "symlink", "rmdir", "unlink")
 
@@ -65,7 +64,7 @@ def run_all() -> None:
     points, run, *arguments = sys.argv[1:]
     # Compile the kernels once, before the first fork.
     inputs = open_inputs(load_config(arguments[1], [*arguments[2:], f"run={run}"]), verify=False)
-    plan_epoch(inputs.documents, inputs.capacity, seed=0, epoch=0)
+    inputs.open_stream().sequences(0, 1)
     reading, writing = os.pipe()
     undisturbed = train([*arguments, f"run={run}-whole"], fatal=-1, report=writing)
     if undisturbed != 0:

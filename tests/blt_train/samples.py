@@ -19,7 +19,11 @@ from blt_data.shards import Manifest, ShardDirectory, ShardKind, write_manifest,
 from blt_patcher import PatchScheme, SpaceScheme, patch_document, scheme_to_json
 from blt_train import TrainConfig, load_config, read_metrics
 from blt_train.documents import DocumentTable, read_documents
+from blt_train.groups import ShardGroups
 from blt_train.metrics import Metrics
+from blt_train.plan import Capacity
+from blt_train.sequences import SequenceStream
+from blt_train.source_stream import SourceStream
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "looked", "at", "été", "東京", "moon", "while", "rain", ",", "\n"]
 
@@ -87,6 +91,19 @@ def write_patched(
 def table_of(directory: Path) -> DocumentTable:
     """The documents of a shard directory."""
     return read_documents(ShardDirectory.open(directory))
+
+
+def source_stream(
+    directory: Path, capacity: Capacity, *, seed: int = 0, group_documents: int = 10**9, counts: Sequence[int] = ()
+) -> SourceStream:
+    """The sequences of one shard directory."""
+    groups = ShardGroups(ShardDirectory.open(directory), seed=seed, group_documents=group_documents)
+    return SourceStream(groups, capacity, seed=seed, counts=counts)
+
+
+def stream_of(directory: Path, capacity: Capacity, *, group_documents: int = 10**9) -> SequenceStream:
+    """The sequences of training on one shard directory."""
+    return SequenceStream({"train": source_stream(directory, capacity, group_documents=group_documents)})
 
 
 def byte_config(root: Path, name: str, *overrides: str) -> TrainConfig:

@@ -81,7 +81,7 @@ def test_equals_packing_piece_by_piece(rows: list[list[int]], patched: bool, tok
         table = table_of(write_documents(Path(folder), contents, lengths if patched else None))
     capacity = Capacity(tokens=tokens, patches=patches if patched else 0, documents=4)
     plan = plan_epoch(table, capacity, seed=0, epoch=0)
-    builder = BatchBuilder(table, capacity, 1, static_shapes=True)
+    builder = BatchBuilder(capacity, 1, static_shapes=True)
     ordered = lengths[0::2] + lengths[1::2] if patched else None
     for sequence in range(plan.num_sequences):
         batch = builder.build([(plan, sequence)])
@@ -100,9 +100,9 @@ def patched(tmp_path: Path) -> DocumentTable:
 def test_batch_of_sequences_is_the_sequences_end_to_end(patched: DocumentTable) -> None:
     capacity = derive_capacity(patched, tokens=96)
     plan = plan_epoch(patched, capacity, seed=0, epoch=0)
-    single = BatchBuilder(patched, capacity, 1)
+    single = BatchBuilder(capacity, 1)
     parts = [single.build([(plan, index)]) for index in range(3)]
-    batch = BatchBuilder(patched, capacity, 3).build([(plan, index) for index in range(3)])
+    batch = BatchBuilder(capacity, 3).build([(plan, index) for index in range(3)])
     assert torch.equal(batch.packed.tokens, torch.cat([part.packed.tokens for part in parts]))
     assert torch.equal(batch.targets, torch.cat([part.targets for part in parts]))
     starts: list[int] = []
@@ -124,8 +124,8 @@ def test_static_shapes_differ_in_empty_segments_only(patched: DocumentTable) -> 
     capacity = derive_capacity(patched, tokens=96)
     plan = plan_epoch(patched, capacity, seed=0, epoch=0)
     sequences = [(plan, index) for index in range(3)]
-    static = BatchBuilder(patched, capacity, 4, static_shapes=True).build(sequences).packed
-    trimmed = BatchBuilder(patched, capacity, 4).build(sequences).packed
+    static = BatchBuilder(capacity, 4, static_shapes=True).build(sequences).packed
+    trimmed = BatchBuilder(capacity, 4).build(sequences).packed
     assert static.patch_offsets is not None
     assert trimmed.patch_offsets is not None
     assert static.patch_offsets.numel() == 4 * capacity.patches + 1

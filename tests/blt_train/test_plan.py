@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 from tests.blt_train.samples import table_of, text_documents, write_documents, write_patched
 
 from blt_train.documents import DocumentTable
-from blt_train.plan import PADDING_PATCHES, Capacity, Plan, derive_capacity, pack, permutation, plan_epoch
-from blt_train.sequences import SequenceStream
+from blt_train.plan import PADDING_PATCHES, Capacity, Plan, derive_capacity, pack, plan_epoch
+from blt_train.shuffling import permutation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,9 @@ def test_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     capacity = derive_capacity(table, tokens=128)
     first = plan_epoch(table, capacity, seed=3, epoch=1)
     again = plan_epoch(table, capacity, seed=3, epoch=1)
-    assert all(np.array_equal(getattr(first, name), getattr(again, name)) for name in Plan.__slots__)
+    assert first.documents is again.documents
+    arrays = [name for name in Plan.__slots__ if name != "documents"]
+    assert all(np.array_equal(getattr(first, name), getattr(again, name)) for name in arrays)
     for seed, epoch in ((4, 1), (3, 2)):
         other = plan_epoch(table, capacity, seed=seed, epoch=epoch)
         assert not np.array_equal(first.piece_document, other.piece_document)
@@ -174,34 +174,3 @@ def test_derived_capacities_use_the_sequences_well(tmp_path: Path) -> None:
     plan = plan_epoch(table, capacity, seed=0, epoch=0)
     assert plan.utilisation(capacity) >= 0.95
     assert capacity.patches < 2 * 512 / table.mean_patch_length
-
-
-def test_stream_says_the_same_to_all_threads(tmp_path: Path) -> None:
-    table = table_of(write_documents(tmp_path / "d", text_documents(12)))
-    capacity = Capacity(tokens=64, patches=0, documents=4)
-    count = 5 * plan_epoch(table, capacity, seed=0, epoch=0).num_sequences
-    alone = SequenceStream(table, capacity, seed=0)
-    expected = [alone.locate(index) for index in range(count)]
-    for _ in range(20):
-        stream, together = SequenceStream(table, capacity, seed=0), threading.Barrier(4)
-
-        def ask(stream: SequenceStream = stream, together: threading.Barrier = together) -> list[tuple[int, int]]:
-            together.wait()
-            return [stream.locate(index) for index in range(count)]
-
-        with ThreadPoolExecutor(4) as pool:
-            for answers in [pool.submit(ask) for _ in range(4)]:
-                assert answers.result() == expected
-
-
-def test_stream_flows_over_epochs(tmp_path: Path) -> None:
-    table = table_of(write_documents(tmp_path / "d", text_documents(12)))
-    capacity = Capacity(tokens=64, patches=0, documents=4)
-    stream = SequenceStream(table, capacity, seed=0)
-    counts = [plan_epoch(table, capacity, seed=0, epoch=epoch).num_sequences for epoch in range(3)]
-    located = [stream.locate(index) for index in range(sum(counts))]
-    assert located == [(epoch, index) for epoch, count in enumerate(counts) for index in range(count)]
-    # A fresh stream, asked in another order, says the same.
-    assert SequenceStream(table, capacity, seed=0).locate(sum(counts) - 1) == located[-1]
-    figures = stream.figures(0, counts[0])
-    assert (figures.targets, figures.bytes, figures.epoch) == (table.num_targets, table.num_bytes, 1.0)

@@ -7,6 +7,7 @@ A YAML file has the same shape as `TrainConfig`: one key per field, one nested m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -69,14 +70,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    train: str
+    """Shard directory to train on, as `data.train`."""
+
+    holdout: str | None = None
+    """Shard directory of held-out documents of this source; null for none."""
+
+    weight: float = 1.0
+    """Share of the training sequences, relative to the other sources' weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which shards are read and how documents are packed into sequences."""
 
-    train: str
+    train: str | None = None
     """Shard directory to train on: byte shards for the byte LM, patched shards for the BLT."""
 
     holdout: str | None = None
     """Shard directory of held-out documents for evaluation, of the same kind; null for no evaluation."""
+
+    sources: Mapping[str, SourceConfig] = field(default_factory=dict)
+    """A mixture instead of `data.train`: by name, the `train`, `holdout` and `weight` of each source."""
 
     sequence_tokens: int = DEFAULT_SEQUENCE_TOKENS
     """Tokens per sequence; every sequence has exactly as many, the unused ones being padding."""
@@ -88,13 +106,31 @@ class DataConfig:
     """Documents per sequence at most; null derives twice the mean and some room from the manifest."""
 
     verify: bool = True
-    """Recompute every shard's checksum before the first step (some seconds per GB)."""
+    """Recompute the shards' checksums (seconds per GB) before the first step, or for each group when it is read."""
+
+    group_documents: int = 4_000_000
+    """Documents shuffled and packed together; larger corpora go group by group, at about 100 bytes a document."""
+
+    workers: int = 1
+    """Threads of each process that build batches; 0 builds them in the training thread. Batches are the same."""
 
     prefetch: int = 4
-    """Micro batches that the loader's thread keeps ready ahead of the model."""
+    """Micro batches that the loader's threads keep ready ahead of the model."""
+
+    @property
+    def training_sources(self) -> Mapping[str, SourceConfig]:
+        """The sources by name, also where there is only one, which is then named `train`."""
+        if self.train is not None:
+            return {"train": SourceConfig(train=self.train, holdout=self.holdout)}
+        return self.sources
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        self._check_sources()
+        _require(self.group_documents >= 1, "data.group_documents", self.group_documents, "at least 1")
+        _require(
+            0 <= self.workers <= MAX_THREADS, "data.workers", self.workers, f"at least 0 and at most {MAX_THREADS}"
+        )
         tokens, patches, documents = self.sequence_tokens, self.sequence_patches, self.sequence_documents
         _require(tokens >= MIN_SEQUENCE_TOKENS, "data.sequence_tokens", tokens, f"at least {MIN_SEQUENCE_TOKENS}")
         if patches is not None:
@@ -105,6 +141,21 @@ class DataConfig:
             rule = f"at least {MIN_SEQUENCE_DOCUMENTS}"
             _require(documents >= MIN_SEQUENCE_DOCUMENTS, "data.sequence_documents", documents, rule)
         _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+
+    def _check_sources(self) -> None:
+        """Check that there is one directory, or a mixture, but not both."""
+        if self.train is None and not self.sources:
+            raise ConfigError("data.train is missing; give it in the file or as data.train=VALUE, or give data.sources")
+        if self.sources and self.train is not None:
+            raise ConfigError(f"data.train is {self.train!r}, but there are data.sources too: remove one of the two")
+        if self.sources and self.holdout is not None:
+            raise ConfigError(
+                f"data.holdout is {self.holdout!r}, but there are data.sources: give it to one of them as its holdout"
+            )
+        for name, source in self.sources.items():
+            rule = "a name of letters, digits, - and _"
+            _require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None, "a key of data.sources", name, rule)
+            _require(_is_positive(source.weight), f"data.sources.{name}.weight", source.weight, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

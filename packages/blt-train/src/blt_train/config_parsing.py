@@ -182,6 +182,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is not None:
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a mapping of keys, not {value!r}")
+        inner = typing.get_args(hint)[1]
+        if dataclasses.is_dataclass(inner):
+            return {str(key): _convert(inner, item, f"{name}.{key}") for key, item in (value or {}).items()}
         return dict(value or {})
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return _convert_choice(hint, value, name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blt_data.shards import ShardDirectory, ShardKind
+from blt_data.shards import Manifest, ShardDirectory, ShardKind
 from blt_model import ByteLM, ByteLMConfig, ModelError, preset
 from blt_model import ModelConfig as ArchitectureConfig
 from blt_model.weights.native import load_model, model_fingerprint
@@ -18,9 +19,30 @@ from blt_train.checkpoint import checkpoint_directory
 from blt_train.config import TrainConfig
 from blt_train.documents import DocumentTable, read_documents
 from blt_train.errors import ConfigError
+from blt_train.groups import ShardGroups
+from blt_train.observers import check_observers
 from blt_train.plan import Capacity, derive_capacity
+from blt_train.sequence_counts import counts_key, read_counts
+from blt_train.sequences import SequenceStream
+from blt_train.source_stream import SourceStream
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One source of the training data, opened."""
+
+    weight: float
+    """Share of the sequences, all sources' shares together being 1."""
+
+    groups: ShardGroups
+    """Its shards."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the shard directory."""
+        return self.groups.directory.manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,23 +55,71 @@ class Inputs:
     architecture: ArchitectureConfig
     """Config of the model to build."""
 
-    directory: ShardDirectory
-    """Training shards."""
-
-    documents: DocumentTable
-    """Their documents."""
+    sources: Mapping[str, Source]
+    """Training data by source; a single directory is named `train`."""
 
     capacity: Capacity
     """Of one training sequence."""
 
-    holdout: DocumentTable | None
-    """Held-out documents; None for no evaluation."""
+    holdouts: Mapping[str, DocumentTable]
+    """Held-out documents by source; those of a single directory are named `holdout`. Empty for no evaluation."""
 
     entropy_model: ByteLM | None
     """The model that scored the shards, if given."""
 
     entropy_fingerprint: str | None
     """Fingerprint of the model that scored the shards; None where no model did."""
+
+    @property
+    def directory(self) -> ShardDirectory:
+        """One of the training directories: kind and patching are the same in all."""
+        return next(iter(self.sources.values())).groups.directory
+
+    def data_state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the data: if this is equal, so is the data and its order.
+
+        Returns:
+            Plain values: `kind` of the shards, and `sources`: by name the `fingerprint` and `provenance` of the shard
+            directory, the `weight` (of all sources together 1), and `group_documents`, null where all documents are
+            shuffled together.
+        """
+        return {
+            "kind": str(self.directory.kind),
+            "sources": {
+                name: {
+                    "fingerprint": source.manifest.fingerprint(),
+                    "provenance": dict(source.manifest.provenance),
+                    "weight": source.weight,
+                    "group_documents": source.groups.group_documents,
+                }
+                for name, source in sorted(self.sources.items())
+            },
+        }
+
+    def open_stream(self, run: Path | None = None) -> SequenceStream:
+        """Return the sequences of training.
+
+        Args:
+            run: run directory, in which earlier launches may have kept what they knew of the sequences; None for none.
+        """
+        keys = {
+            name: counts_key(
+                {
+                    "fingerprint": source.manifest.fingerprint(),
+                    "group_documents": source.groups.group_documents,
+                    "capacity": dataclasses.asdict(self.capacity),
+                    "seed": self.config.seed,
+                }
+            )
+            for name, source in self.sources.items()
+        }
+        counts = read_counts(run, keys) if run is not None else {name: [] for name in keys}
+        streams = {
+            name: SourceStream(source.groups, self.capacity, seed=self.config.seed, counts=counts[name])
+            for name, source in self.sources.items()
+        }
+        weights = {name: source.weight for name, source in self.sources.items()}
+        return SequenceStream(streams, weights=weights, seed=self.config.seed, keys=keys)
 
 
 def architecture_of_config(config: TrainConfig) -> ArchitectureConfig:
@@ -101,6 +171,8 @@ def check_launch(config: TrainConfig, world_size: int) -> ArchitectureConfig:
     """
     architecture = architecture_of_config(config)
     config.batch.micro_batches(world_size)
+    config.parallel.shard_size(world_size)
+    check_observers(config.logging)
     if isinstance(architecture, ByteLMConfig):
         for name, value in (
             ("data.sequence_patches", config.data.sequence_patches),
@@ -108,9 +180,10 @@ def check_launch(config: TrainConfig, world_size: int) -> ArchitectureConfig:
         ):
             if value is not None:
                 raise ConfigError(f"{name} is set, but {config.model.preset} is a byte LM without patches: remove it")
-    open_shards(config.data.train, architecture)
-    if config.data.holdout is not None:
-        open_shards(config.data.holdout, architecture)
+    for source in config.data.training_sources.values():
+        open_shards(source.train, architecture)
+        if source.holdout is not None:
+            open_shards(source.holdout, architecture)
     return architecture
 
 
@@ -127,21 +200,19 @@ def open_inputs(config: TrainConfig, *, verify: bool) -> Inputs:
     """
     architecture = architecture_of_config(config)
     verify = verify and config.data.verify
-    directory = open_shards(config.data.train, architecture, verify=verify)
-    documents = read_documents(directory)
-    capacity = derive_capacity(
-        documents,
-        tokens=config.data.sequence_tokens,
-        patches=config.data.sequence_patches,
-        max_documents=config.data.sequence_documents,
-        seed=config.seed,
-    )
-    holdout_directory = None
-    if config.data.holdout is not None:
-        holdout_directory = open_shards(config.data.holdout, architecture, verify=verify)
-        _check_same_patching(directory, holdout_directory)
-    fingerprint = scoring_fingerprint(directory.manifest.provenance)
-    entropy_model = _open_entropy_model(config, fingerprint, directory) if config.entropy_model is not None else None
+    sources = _open_sources(config, architecture, verify=verify)
+    directories = {name: source.groups.directory for name, source in sources.items()}
+    first = next(iter(directories.values()))
+    holdouts: dict[str, DocumentTable] = {}
+    for name, named in config.data.training_sources.items():
+        _check_same_patching(first, directories[name])
+        if named.holdout is not None:
+            holdout = open_shards(named.holdout, architecture, verify=verify)
+            _check_same_patching(first, holdout)
+            holdouts[name if config.data.sources else "holdout"] = read_documents(holdout)
+    capacity = _derive_capacity(config, sources)
+    fingerprint = scoring_fingerprint(first.manifest.provenance)
+    entropy_model = _open_entropy_model(config, fingerprint, first) if config.entropy_model is not None else None
     if fingerprint is not None and entropy_model is None:
         log.warning("entropy_model is not set: generation from this run will need --entropy-model")
     resolved = dataclasses.replace(
@@ -150,12 +221,48 @@ def open_inputs(config: TrainConfig, *, verify: bool) -> Inputs:
     return Inputs(
         config=dataclasses.replace(config, data=resolved),
         architecture=architecture,
-        directory=directory,
-        documents=documents,
+        sources=sources,
         capacity=capacity,
-        holdout=read_documents(holdout_directory) if holdout_directory is not None else None,
+        holdouts=holdouts,
         entropy_model=entropy_model,
         entropy_fingerprint=fingerprint,
+    )
+
+
+def _open_sources(config: TrainConfig, architecture: ArchitectureConfig, *, verify: bool) -> dict[str, Source]:
+    """Open the training shards; of those that are read group by group, each is verified when it is first read."""
+    named = config.data.training_sources
+    total = math.fsum(source.weight for source in named.values())
+    opened = {}
+    for name, source in named.items():
+        directory = open_shards(source.train, architecture)
+        groups = ShardGroups(directory, seed=config.seed, group_documents=config.data.group_documents, verify=verify)
+        if verify and groups.is_one_group:
+            open_shards(source.train, architecture, verify=True)
+        opened[name] = Source(weight=source.weight / total, groups=groups)
+    return opened
+
+
+def _derive_capacity(config: TrainConfig, sources: Mapping[str, Source]) -> Capacity:
+    """Return a capacity with which every source fills its sequences well, judged by its first group."""
+    data = config.data
+    if data.sequence_documents is not None and data.sequence_patches is not None:
+        # All is said: a large corpus need not be looked into.
+        return Capacity(tokens=data.sequence_tokens, patches=data.sequence_patches, documents=data.sequence_documents)
+    derived = [
+        derive_capacity(
+            source.groups.documents(0, 0),
+            tokens=data.sequence_tokens,
+            patches=data.sequence_patches,
+            max_documents=data.sequence_documents,
+            seed=config.seed,
+        )
+        for source in sources.values()
+    ]
+    return Capacity(
+        tokens=data.sequence_tokens,
+        patches=max(capacity.patches for capacity in derived),
+        documents=max(capacity.documents for capacity in derived),
     )
 
 
@@ -199,11 +306,11 @@ def _open_entropy_model(config: TrainConfig, fingerprint: str | None, directory:
     return open_entropy_model(Path(str(config.entropy_model)), fingerprint, data=str(directory.path))
 
 
-def _check_same_patching(train: ShardDirectory, holdout: ShardDirectory) -> None:
-    """Refuse held-out documents that were patched by another rule: their bits per byte would mislead."""
+def _check_same_patching(train: ShardDirectory, other: ShardDirectory) -> None:
+    """Refuse documents that were patched by another rule: the model would see two, and bits per byte would mislead."""
     for key in ("scheme", "entropy_model"):
-        if train.manifest.provenance.get(key) != holdout.manifest.provenance.get(key):
+        if train.manifest.provenance.get(key) != other.manifest.provenance.get(key):
             raise ConfigError(
-                f"{holdout.path}: was patched with another {key.replace('_', ' ')} than {train.path}: run blt-patch "
+                f"{other.path}: was patched with another {key.replace('_', ' ')} than {train.path}: run blt-patch "
                 "precompute on both with the same options"
             )

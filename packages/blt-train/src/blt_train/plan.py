@@ -6,7 +6,8 @@ not fit goes on in the next sequence, at a patch boundary (anywhere for byte sha
 sequence is split. The sequences themselves are shuffled too, so that a very long document is spread over the epoch.
 Every framed token but BOS is a target exactly once.
 
-The shuffle is written out here rather than taken from a library, so that it never changes with a library's version.
+A corpus whose index does not fit into memory is planned group by group (see `groups`): each group of shards then has a
+plan like that of a whole epoch.
 
 A piece is the input tokens framed[start:end) of one document, with targets framed[start+1:end+1). The first patch of
 a piece always holds one token: for a piece that begins inside a document its first patch is split (1, rest).
@@ -14,16 +15,17 @@ a piece always holds one token: for a piece that begins inside a document its fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from blt_data.shards import ShardKind
+from blt_train.addresses import lengths_at
 from blt_train.config import MIN_SEQUENCE_DOCUMENTS, MIN_SEQUENCE_PATCHES
 from blt_train.documents import DocumentTable, Int64Array
+from blt_train.shuffling import permutation
 
 #: Patches that the padding at a sequence's end may need: its first token and the rest.
 PADDING_PATCHES = 2
@@ -33,8 +35,6 @@ TARGET_UTILISATION = 0.97
 _SAMPLE_DOCUMENTS = 20_000
 #: Derived patch capacities are multiples of this.
 _PATCH_MULTIPLE = 8
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,10 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The sequences of one epoch, in the order in which they are read."""
+    """The sequences of one epoch, or of one group of shards in it, in the order in which they are read."""
+
+    documents: DocumentTable
+    """What the pieces are pieces of."""
 
     piece_document: Int64Array
     """int64 [N]: document of each piece."""
@@ -96,43 +99,6 @@ class Plan:
 
 
 @numba.njit(cache=True, nogil=True)
-def _mix(state: np.uint64) -> np.uint64:
-    """Return splitmix64's output for a state."""
-    z = state
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@numba.njit(cache=True, nogil=True)
-def _permutation(count: int, state: np.uint64) -> Int64Array:
-    """Return int64 [count]: Fisher-Yates over splitmix64; the bias of the remainder is below count / 2**64."""
-    order = np.arange(count)
-    for index in range(count - 1, 0, -1):
-        state = state + _GOLDEN
-        other = int(_mix(state) % np.uint64(index + 1))
-        order[index], order[other] = order[other], order[index]
-    return order
-
-
-def permutation(count: int, *key: int) -> Int64Array:
-    """Return a random order that depends on the key alone.
-
-    Args:
-        count: number of items.
-        key: any number of integers of 0 to 2**64 - 1, such as seed and epoch.
-
-    Returns:
-        int64 [count]: each of 0 to count - 1 once.
-    """
-    state = np.uint64(0)
-    for part in key:
-        state = np.uint64(_mix(np.uint64((int(state) + int(_GOLDEN)) % 2**64 ^ part)))
-    order: Int64Array = _permutation(count, state)
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
 def _grown(array: Int64Array) -> Int64Array:
     """Return a copy with twice the rows."""
     result = np.empty((2 * array.shape[0], array.shape[1]), dtype=array.dtype)
@@ -147,7 +113,7 @@ def _take_patches(
     """Return what of a document fits: (tokens, patches, next patch, tokens taken of that next patch).
 
     Args:
-        lengths: uint16: the patch lengths of the shard from this document's first patch on.
+        lengths: uint16: the document's patch lengths.
         patch: patch in which the piece begins.
         skip: tokens of that patch already taken.
         start: the piece's first input token.
@@ -177,9 +143,7 @@ def _pack(
     order: Int64Array,
     doc_tokens: Int64Array,
     doc_patches: Int64Array,
-    doc_shard: Int64Array,
-    doc_patch_start: Int64Array,
-    patch_lengths: Sequence[npt.NDArray[np.uint16]],
+    doc_patch_address: Int64Array,
     capacity: tuple[int, int, int],
     keep_whole: bool,
 ) -> tuple[Int64Array, Int64Array]:
@@ -208,7 +172,7 @@ def _pack(
                 taken = min(total - start, room[0])
             else:
                 taken, taken_patches, next_patch, next_skip = _take_patches(
-                    patch_lengths[doc_shard[document]][doc_patch_start[document] :],
+                    lengths_at(doc_patch_address[document], doc_patches[document]),
                     patch, skip, start, total, room, limit,
                 )  # fmt: skip
             if taken == 0:
@@ -247,24 +211,11 @@ def pack(documents: DocumentTable, order: Int64Array, capacity: Capacity, *, kee
         The plan, its sequences in packing order.
     """
     usable = (capacity.tokens, max(0, capacity.patches - PADDING_PATCHES), capacity.documents - 1)
-    pieces, sequences = _pack(
-        order,
-        documents.tokens,
-        documents.patches,
-        documents.shard,
-        documents.patch_start,
-        documents.patch_lengths,
-        usable,
-        keep_whole,
-    )
-    return _plan_of(pieces, sequences)
-
-
-def _plan_of(pieces: Int64Array, sequences: Int64Array) -> Plan:
-    """Return the plan of the kernel's tables."""
+    pieces, sequences = _pack(order, documents.tokens, documents.patches, documents.patch_address, usable, keep_whole)
     document, start, end, patch, skip = (np.ascontiguousarray(column) for column in pieces.T)
     first, count, tokens, patches, content = (np.ascontiguousarray(column) for column in sequences.T)
     return Plan(
+        documents=documents,
         piece_document=document,
         piece_start=start,
         piece_end=end,
@@ -278,23 +229,23 @@ def _plan_of(pieces: Int64Array, sequences: Int64Array) -> Plan:
     )
 
 
-def plan_epoch(documents: DocumentTable, capacity: Capacity, *, seed: int, epoch: int) -> Plan:
-    """Return the shuffled plan of one epoch of training.
+def plan_epoch(
+    documents: DocumentTable, capacity: Capacity, *, seed: int, epoch: int, group: int | None = None
+) -> Plan:
+    """Return the shuffled plan of one epoch of training, or of one group of documents in it.
 
     Args:
-        documents: the data set's documents.
+        documents: the data set's documents, or the group's.
         capacity: of each sequence.
         seed: of the order, 0 to 2**63 - 1.
         epoch: which pass over the data, from 0.
+        group: which group of the epoch; None where the documents are all there are.
     """
-    plan = pack(documents, permutation(documents.num_documents, seed, epoch, 0), capacity)
-    order = permutation(plan.num_sequences, seed, epoch, 1)
-    return Plan(
-        piece_document=plan.piece_document,
-        piece_start=plan.piece_start,
-        piece_end=plan.piece_end,
-        piece_patch=plan.piece_patch,
-        piece_skip=plan.piece_skip,
+    key = () if group is None else (group,)
+    plan = pack(documents, permutation(documents.num_documents, seed, epoch, 0, *key), capacity)
+    order = permutation(plan.num_sequences, seed, epoch, 1, *key)
+    return replace(
+        plan,
         first_piece=plan.first_piece[order],
         num_pieces=plan.num_pieces[order],
         sequence_tokens=plan.sequence_tokens[order],

@@ -15,17 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
-
-from blt_model import ModelConfig as ArchitectureConfig
-from blt_model.weights.streaming import build_model
+from blt_train.batches import MicroBatch
 from blt_train.checkpoint import Model, RunDirectory, TrainerState, load_optimizer, package_versions
 from blt_train.config import TrainConfig
 from blt_train.config_parsing import config_to_mapping
 from blt_train.errors import TrainingError
 from blt_train.evaluation import Evaluation, evaluate_model
 from blt_train.inputs import Inputs, check_launch, open_inputs
-from blt_train.loader import Loader, MicroBatch, Slice
+from blt_train.loader import Loader, Slice
 from blt_train.metrics import (
     EvaluationMetrics,
     MetricsWriter,
@@ -33,10 +30,10 @@ from blt_train.metrics import (
     read_metrics,
 )
 from blt_train.optim import make_optimizer
+from blt_train.parallel.building import new_model
 from blt_train.reporting import OnProgress, Reporter, step_metrics
 from blt_train.resume import load_for_resume, prepare_run
 from blt_train.runtime import Runtime, open_runtime
-from blt_train.sequences import SequenceStream
 from blt_train.step import StepOutcome, TrainStep
 
 log = logging.getLogger(__name__)
@@ -103,18 +100,6 @@ def train(config: TrainConfig, *, resume: bool = True, on_progress: OnProgress |
             return trainer.run(on_progress)
 
 
-def fresh_model(architecture: ArchitectureConfig, seed: int) -> Model:
-    """Return a model with fresh weights on the CPU; equal seeds give equal weights on every machine and rank.
-
-    Args:
-        architecture: of either model.
-        seed: of the weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_model(architecture)
-
-
 class Trainer:
     """A run in progress: model, optimizer, data and the loop over them."""
 
@@ -131,18 +116,16 @@ class Trainer:
         self._run = run
         checkpoint = run.latest()
         if checkpoint is None:
-            self.model: Model = fresh_model(inputs.architecture, config.seed).to(runtime.device)
+            self.model: Model = new_model(inputs.architecture, config, runtime.device, runtime.mesh)
             self.step = 0
         else:
-            self.model, self.step = load_for_resume(checkpoint, runtime.device)
+            self.model, self.step = load_for_resume(checkpoint, inputs, runtime)
         self.model.train()
         self.optimizer = make_optimizer(self.model, config.optimizer)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.model, self.optimizer)
-        if config.compile:
-            self.model.compile()
         self._step = TrainStep(self.model, self.optimizer, config, runtime)
-        self._stream = SequenceStream(inputs.documents, inputs.capacity, seed=config.seed)
+        self._stream = inputs.open_stream(run.path)
         self._saved_step = self.step if checkpoint is not None else -1
 
     def run(self, on_progress: OnProgress | None) -> TrainResult:
@@ -179,6 +162,7 @@ class Trainer:
             self._slice(),
             first_step=self.step,
             end_step=total,
+            workers=config.data.workers,
             prefetch=config.data.prefetch,
             pin=self.runtime.device.type == "cuda",
             static_shapes=config.compile,
@@ -236,7 +220,8 @@ class Trainer:
 
     def _evaluate(self, report: Reporter) -> None:
         """Evaluate on the held-out documents, if the run has any, and report it."""
-        holdout = self.inputs.holdout
+        # One is evaluated for now; the first is that of a single directory.
+        holdout = next(iter(self.inputs.holdouts.values()), None)
         if holdout is None:
             return
         started = time.perf_counter()
@@ -278,7 +263,10 @@ class Trainer:
             packages=package_versions(),
         )
         if self.runtime.is_main:
-            directory = self._run.save(self.model, self.optimizer, state, self.config.checkpoint.keep_last)
+            self._stream.save_counts(self._run.path)
+        keep_last = self.config.checkpoint.keep_last
+        directory = self._run.save(self.model, self.optimizer, state, keep_last, is_main=self.runtime.is_main)
+        if self.runtime.is_main:
             log.info("checkpoint %s", directory)
         self.runtime.barrier()
         self._saved_step = self.step

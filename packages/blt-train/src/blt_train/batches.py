@@ -1,0 +1,182 @@
+"""Micro batches: planned sequences as the tensors of one forward pass, straight from memory-mapped shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from blt_data.errors import InputError
+from blt_model.packed import PackedBatch
+from blt_train.documents import Int64Array
+from blt_train.filling import fill_padding, fill_sequences
+from blt_train.plan import PADDING_PATCHES, Capacity, Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward pass gets."""
+
+    packed: PackedBatch
+    """B sequences end to end: B * T tokens."""
+
+    targets: torch.Tensor
+    """int64 [B * T]: the next token of each position; `IGNORED_TARGET` for padding."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the batch on a device; the copy is asynchronous from pinned memory."""
+        return MicroBatch(
+            packed=self.packed.to(device, non_blocking=True), targets=self.targets.to(device, non_blocking=True)
+        )
+
+
+class _Tensors:
+    """The tensors of one batch while it is being written, and NumPy's views of them.
+
+    Pinned memory is new for every batch: torch keeps what was freed for the next, and gives it away only when the
+    copies to the GPU that were started from it are done, so no batch overwrites one that is still being copied.
+    """
+
+    def __init__(self, capacity: Capacity, num_sequences: int, *, pin: bool) -> None:
+        size = num_sequences * capacity.tokens
+        is_patched = capacity.patches > 0
+
+        def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(count, dtype=dtype, pin_memory=pin)
+
+        self.tokens = empty(size, torch.int64)
+        self.targets = empty(size, torch.int64)
+        self.document_offsets = empty(num_sequences * capacity.documents + 1, torch.int32)
+        self.decoder_patch = empty(size if is_patched else 0, torch.int64)
+        self.patch_offsets = empty(num_sequences * capacity.patches + 1, torch.int32)
+        #: int64 [2]: most tokens and most patches of any document.
+        self.longest = np.ones(2, dtype=np.int64)
+        self.arrays = (
+            self.tokens.numpy(),
+            self.targets.numpy(),
+            self.document_offsets.numpy(),
+            self.decoder_patch.numpy(),
+            self.patch_offsets.numpy(),
+        )
+
+
+def _by_plan(sequences: Sequence[tuple[Plan, int]]) -> list[tuple[Plan, Int64Array, Int64Array]]:
+    """Return each plan with its sequences and their slots in the batch, both int64 [n]."""
+    found: dict[int, tuple[Plan, list[int], list[int]]] = {}
+    for slot, (plan, index) in enumerate(sequences):
+        _, of_plan, slots_of_plan = found.setdefault(id(plan), (plan, [], []))
+        of_plan.append(index)
+        slots_of_plan.append(slot)
+    return [
+        (plan, np.array(indices, dtype=np.int64), np.array(slots, dtype=np.int64))
+        for plan, indices, slots in found.values()
+    ]
+
+
+class BatchBuilder:
+    """Builds packed batches of a fixed number of sequences from plans."""
+
+    def __init__(
+        self, capacity: Capacity, num_sequences: int, *, pin: bool = False, static_shapes: bool = False
+    ) -> None:
+        """Prepare to build.
+
+        Args:
+            capacity: of one sequence.
+            num_sequences: sequences B per batch.
+            pin: put the tensors into pinned memory, for asynchronous copies to CUDA.
+            static_shapes: keep all capacities and bounds the same in every batch, so that a compiled model is compiled
+                once; otherwise unused documents and patches are left out, which saves their computation.
+        """
+        self._capacity = capacity
+        self._num_sequences = num_sequences
+        self._is_patched = capacity.patches > 0
+        self._pin = pin
+        self._static_shapes = static_shapes
+
+    def build(self, sequences: Sequence[tuple[Plan, int]]) -> MicroBatch:
+        """Build one batch; many threads may do so at the same time.
+
+        Args:
+            sequences: up to B sequences as (plan, index within it); missing ones are all padding.
+
+        Returns:
+            Tensors on the CPU; tokens and targets always of B * T positions.
+
+        Raises:
+            InputError: the patch lengths in a shard's memory are not those that were planned with.
+        """
+        out = _Tensors(self._capacity, self._num_sequences, pin=self._pin)
+        chosen = _by_plan(sequences)
+        ends = self._ends(chosen)
+        for plan, indices, slots in chosen:
+            places = np.column_stack([indices, slots, ends[slots], ends[slots + 1, 1]])
+            self._fill(plan, places, out)
+        for slot in range(len(sequences), self._num_sequences):
+            self._pad(slot, ends[slot], out)
+        return self._batch(out, num_documents=int(ends[-1, 0]), num_patches=int(ends[-1, 1]))
+
+    def _ends(self, chosen: Sequence[tuple[Plan, Int64Array, Int64Array]]) -> Int64Array:
+        """Return int64 [B + 1, 2]: documents and patches, padding's included, of all slots before each."""
+        counts = np.zeros((self._num_sequences + 1, 2), dtype=np.int64)
+        # A slot that no sequence takes is one padding document.
+        counts[1:, 0] = 1
+        counts[1:, 1] = min(PADDING_PATCHES, self._capacity.tokens)
+        for plan, indices, slots in chosen:
+            padding = self._capacity.tokens - plan.sequence_tokens[indices]
+            counts[slots + 1, 0] = plan.num_pieces[indices] + (padding > 0)
+            counts[slots + 1, 1] = plan.sequence_patches[indices] + np.minimum(PADDING_PATCHES, padding)
+        if not self._is_patched:
+            counts[:, 1] = 0
+        ends: Int64Array = np.cumsum(counts, axis=0)
+        return ends
+
+    def _fill(self, plan: Plan, places: Int64Array, out: _Tensors) -> None:
+        """Write all sequences of one plan."""
+        table = plan.documents
+        tokens, targets, document_offsets, decoder_patch, patch_offsets = out.arrays
+        broken = fill_sequences(
+            places, self._capacity.tokens,
+            plan.first_piece, plan.num_pieces,
+            plan.piece_document, plan.piece_start, plan.piece_end, plan.piece_patch, plan.piece_skip,
+            table.tokens, table.patches, table.content_address, table.patch_address,
+            tokens, targets, document_offsets, decoder_patch, patch_offsets, out.longest,
+        )  # fmt: skip
+        if broken >= 0:
+            raise InputError(
+                f"{table.path}: the patch lengths of a document changed while training; restore the shards, and run "
+                "blt-data verify on the directory"
+            )
+
+    def _pad(self, slot: int, first: Int64Array, out: _Tensors) -> None:
+        """Make a slot all padding."""
+        tokens, targets, document_offsets, decoder_patch, patch_offsets = out.arrays
+        at = slot * self._capacity.tokens
+        own = slice(at, at + self._capacity.tokens)
+        document_offsets[first[0]] = at
+        count = fill_padding(
+            tokens[own], targets[own], decoder_patch[own], patch_offsets[first[1] :], at, int(first[1])
+        )
+        out.longest[:] = np.maximum(out.longest, [self._capacity.tokens, count])
+
+    def _batch(self, out: _Tensors, *, num_documents: int, num_patches: int) -> MicroBatch:
+        """Close the offsets and cut them to what is used, or keep all, the unused being empty segments at the end."""
+        out.document_offsets[num_documents:] = out.tokens.numel()
+        out.patch_offsets[num_patches:] = out.tokens.numel()
+        document_offsets, patch_offsets = out.document_offsets, out.patch_offsets
+        longest = (self._capacity.tokens, patch_offsets.numel() - 1)
+        if not self._static_shapes:
+            document_offsets = document_offsets[: num_documents + 1]
+            patch_offsets = patch_offsets[: num_patches + 1]
+            longest = (int(out.longest[0]), int(out.longest[1]))
+        packed = PackedBatch(
+            tokens=out.tokens,
+            document_offsets=document_offsets,
+            patch_offsets=patch_offsets if self._is_patched else None,
+            decoder_patch=out.decoder_patch if self._is_patched else None,
+            max_document_tokens=longest[0],
+            max_document_patches=longest[1] if self._is_patched else None,
+        )
+        return MicroBatch(packed=packed, targets=out.targets)

@@ -1,0 +1,205 @@
+"""The kernel that writes planned sequences into the arrays of a packed batch, without Python and without its lock.
+
+One call fills all sequences of one plan in a batch. Where each sequence's documents and patches begin in the batch is
+known from the plan beforehand, so the sequences of different plans can be written one after the other.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from blt_data.framing import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID
+from blt_model.packed import IGNORED_TARGET
+from blt_train.addresses import bytes_at, lengths_at
+from blt_train.documents import Int32Array, Int64Array
+from blt_train.plan import PADDING_PATCHES
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_tokens(content: npt.NDArray[np.uint8], start: int, end: int, tokens: Int64Array, targets: Int64Array) -> None:
+    """Write the piece framed[start:end) of a document and its targets framed[start+1:end+1).
+
+    Args:
+        content: uint8: the document's bytes.
+        start: first input token of the piece.
+        end: end (exclusive) of its input tokens.
+        tokens: int64 [end - start]: written.
+        targets: int64 [end - start]: written.
+    """
+    # Framed token i is byte i - 1; the ends are taken apart so that the loops are plain copies.
+    if start == 0:
+        tokens[0] = BOS_ID
+        inputs, into = content[: end - 1], tokens[1:]
+    else:
+        inputs, into = content[start - 1 : end - 1], tokens
+    for index in range(inputs.size):
+        into[index] = np.int64(inputs[index]) + BYTE_OFFSET
+    outputs = content[start : min(end, content.size)]
+    for index in range(outputs.size):
+        targets[index] = np.int64(outputs[index]) + BYTE_OFFSET
+    if outputs.size < end - start:
+        targets[end - start - 1] = EOS_ID
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_patches(
+    lengths: npt.NDArray[np.uint16],
+    skip: int,
+    start: int,
+    decoder_patch: Int64Array,
+    patch_offsets: Int32Array,
+    at: int,
+    first_patch: int,
+) -> int:
+    """Write a piece's patch starts and decoder patches; return the number of its patches, -1 if they do not fit.
+
+    Args:
+        lengths: uint16: the document's patch lengths from the piece's first patch on.
+        skip: tokens of that patch that earlier pieces took.
+        start: the piece's first input token in the framed document.
+        decoder_patch: int64, one per token of the piece: written.
+        patch_offsets: int32: start of each patch from the piece's first on, as far as there is room: written.
+        at: position of the piece's first token in the batch.
+        first_patch: index of the piece's first patch in the batch.
+    """
+    size = decoder_patch.size
+    patch_offsets[0] = at
+    decoder_patch[0] = first_patch
+    # Inside a document the first patch is split, its first token being a patch of its own; then its rest comes next.
+    has_rest = start > 0 and int(lengths[0]) - skip > 1
+    column = -1 if has_rest else 0
+    latest = 0
+    position = 1
+    while position < size:
+        # Invariant: a patch starts at `position`.
+        latest += 1
+        column += 1
+        if latest >= patch_offsets.size or column >= lengths.size:
+            return -1
+        patch_offsets[latest] = at + position
+        length = int(lengths[column])
+        if column == 0:
+            length -= skip + 1
+        boundary = position + length
+        last = min(boundary, size)
+        for index in range(position, last):
+            decoder_patch[index] = first_patch + latest - 1
+        position = last
+        if boundary <= size:
+            # The token after the patch starts a patch, in this piece or as the target beyond its end.
+            decoder_patch[boundary - 1] = first_patch + latest
+    return latest + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_padding(
+    tokens: Int64Array,
+    targets: Int64Array,
+    decoder_patch: Int64Array,
+    patch_offsets: Int32Array,
+    at: int,
+    first_patch: int,
+) -> int:
+    """Write a pseudo-document without targets, in patches of one token and the rest; return the number of these.
+
+    Args:
+        tokens: int64 [n], n >= 1: written.
+        targets: int64 [n]: written.
+        decoder_patch: int64 [n], or empty where there are no patches: written.
+        patch_offsets: int32: start of each patch from the padding's first on: written.
+        at: position of the padding in the batch.
+        first_patch: index of its first patch in the batch.
+    """
+    tokens[:] = BOE_ID
+    targets[:] = IGNORED_TARGET
+    if decoder_patch.size == 0:
+        return 0
+    decoder_patch[:] = first_patch
+    count = min(PADDING_PATCHES, tokens.size)
+    for index in range(count):
+        patch_offsets[index] = at + index
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_sequences(
+    places: Int64Array,
+    num_tokens: int,
+    first_piece: Int64Array,
+    num_pieces: Int64Array,
+    piece_document: Int64Array,
+    piece_start: Int64Array,
+    piece_end: Int64Array,
+    piece_patch: Int64Array,
+    piece_skip: Int64Array,
+    doc_tokens: Int64Array,
+    doc_patches: Int64Array,
+    doc_content_address: Int64Array,
+    doc_patch_address: Int64Array,
+    tokens: Int64Array,
+    targets: Int64Array,
+    document_offsets: Int32Array,
+    decoder_patch: Int64Array,
+    patch_offsets: Int32Array,
+    longest: Int64Array,
+) -> int:
+    """Write whole sequences of a plan; return -1, or the document whose patch lengths are not what was planned with.
+
+    Args:
+        places: int64 [n, 5]: for each sequence its index in the plan, its slot in the batch, its first document in the
+            batch, its first patch there, and the end (exclusive) of its patches there.
+        num_tokens: tokens T of each slot.
+        first_piece: as in `Plan`, like all up to `piece_skip`.
+        num_pieces: as in `Plan`.
+        piece_document: as in `Plan`.
+        piece_start: as in `Plan`.
+        piece_end: as in `Plan`.
+        piece_patch: as in `Plan`.
+        piece_skip: as in `Plan`.
+        doc_tokens: as in `DocumentTable`, like all up to `doc_patch_address`.
+        doc_patches: as in `DocumentTable`.
+        doc_content_address: as in `DocumentTable`.
+        doc_patch_address: as in `DocumentTable`.
+        tokens: int64 [slots * T]: written in the sequences' slots, like all that follow.
+        targets: int64 [slots * T].
+        document_offsets: int32: start of each document of the batch.
+        decoder_patch: int64 [slots * T]; empty where there are no patches.
+        patch_offsets: int32: start of each patch of the batch.
+        longest: int64 [2]: raised to the most tokens and the most patches of any document.
+    """
+    is_patched = decoder_patch.size > 0
+    for sequence, slot, next_document, next_patch, end_patch in places:
+        at, end = slot * num_tokens, (slot + 1) * num_tokens
+        for piece in range(first_piece[sequence], first_piece[sequence] + num_pieces[sequence]):
+            document, start = piece_document[piece], piece_start[piece]
+            size = piece_end[piece] - start
+            own = slice(at, at + size)
+            content = bytes_at(doc_content_address[document], doc_tokens[document] - 1)
+            _fill_tokens(content, start, start + size, tokens[own], targets[own])
+            if is_patched:
+                lengths = lengths_at(doc_patch_address[document], doc_patches[document])[piece_patch[piece] :]
+                room = patch_offsets[next_patch:end_patch]
+                if room.size == 0 or lengths.size == 0:
+                    return int(document)
+                count = _fill_patches(
+                    lengths, piece_skip[piece], start, decoder_patch[own], room, at, next_patch
+                )  # fmt: skip
+                if count < 0:
+                    return int(document)
+                next_patch += count
+                longest[1] = max(longest[1], count)
+            document_offsets[next_document] = at
+            next_document += 1
+            longest[0] = max(longest[0], size)
+            at += size
+        if at < end:
+            document_offsets[next_document] = at
+            own = slice(at, end) if is_patched else slice(0, 0)
+            count = fill_padding(
+                tokens[at:end], targets[at:end], decoder_patch[own], patch_offsets[next_patch:end_patch], at, next_patch
+            )
+            longest[0] = max(longest[0], end - at)
+            longest[1] = max(longest[1], count)
+    return -1
