@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 from tests.blt_train.samples import blt_config, command, run_command, without_times
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from blt_train import read_metrics, train
-from blt_train.launch import culprit
 from blt_train.metrics import StepMetrics
 
 
@@ -111,21 +109,3 @@ def test_what_cannot_be_divided_is_refused_before_any_process_starts(workplace: 
     assert "no multiple of 3 process(es)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (workplace / "runs").exists()
-
-
-def test_the_culprit_is_who_failed_first(tmp_path: Path) -> None:
-    def failure(rank: int, exitcode: int, reason: str | None, timestamp: int) -> ProcessFailure:
-        path = tmp_path / f"{rank}.json"
-        if reason is not None:
-            user = "true" if reason == "bad input" else "false"
-            extra = f'{{"timestamp": "{timestamp}", "is_user_error": {user}}}'
-            path.write_text(f'{{"message": {{"message": "{reason}", "extraInfo": {extra}}}}}', encoding="utf-8")
-        return ProcessFailure(local_rank=rank, pid=1, exitcode=exitcode, error_file=str(path))
-
-    lost = failure(0, 1, "connection lost", 5)
-    killed = failure(1, -signal.SIGKILL, None, 9)
-    wrong = failure(2, 1, "bad input", 9)
-    other = failure(3, 1, "later", 8)
-    assert culprit({0: lost, 1: killed}) is killed
-    assert culprit({0: lost, 1: killed, 2: wrong}) is wrong
-    assert culprit({3: other, 0: lost}) is lost

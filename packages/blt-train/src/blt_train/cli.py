@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,9 +16,19 @@ from blt_data.console import ByteSize, format_bytes, friendly_errors, print_tabl
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.display import TrainingDisplay
-from blt_train.errors import EXIT_SIGTERM
+from blt_train.errors import EXIT_SIGTERM, ConfigError
 from blt_train.exchange_commands import export_command, import_command
 from blt_train.generate_command import generate_command
+from blt_train.launch.options import (
+    DEFAULT_GRACE_SECONDS,
+    DEFAULT_JOB_ID,
+    DEFAULT_JOIN_SECONDS,
+    Endpoint,
+    LaunchOptions,
+    torchrun_command,
+)
+from blt_train.launch.parameters import ProcessCount
+from blt_train.launch.rank import is_rank, is_restarted, run_as_rank
 from blt_train.quickstart.command import quickstart_command
 
 if TYPE_CHECKING:
@@ -30,36 +40,83 @@ def main() -> None:
     """Train, evaluate and run Byte Latent Transformers and their entropy models."""
 
 
-@main.command("launch", epilog="Example: blt-train launch quickstart-entropy run=runs/mine schedule.total_steps=500")
+@main.command(
+    "launch",
+    epilog="Example: blt-train launch quickstart-entropy run=runs/mine schedule.total_steps=500   "
+    "On two nodes: blt-train launch mine.yaml --nproc-per-node 8 --nnodes 2 --node-rank 0 --rdzv-endpoint node-1:29400",
+)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--nproc-per-node", "processes", default=1, show_default=True, help="Processes, one per device.")
+@click.option(
+    "--nproc-per-node",
+    "processes",
+    type=ProcessCount(),
+    default="1",
+    show_default=True,
+    help="Processes on this node, one per device; auto for one per GPU.",
+)
+@click.option("--nnodes", "nodes", default=1, show_default=True, help="Nodes; run the command on each of them.")
+@click.option("--node-rank", type=int, help="Number of this node, from 0; needed with --nnodes.")
+@click.option("--rdzv-endpoint", "endpoint", metavar="HOST:PORT", help="The first node, with a free port there.")
+@click.option("--rdzv-id", "job_id", default=DEFAULT_JOB_ID, show_default=True, help="Name of the job on all nodes.")
+@click.option(
+    "--max-restarts", default=0, show_default=True, help="Times to go on from the latest checkpoint after a failure."
+)
+@click.option(
+    "--grace-seconds",
+    default=DEFAULT_GRACE_SECONDS,
+    show_default=True,
+    help="Time for a checkpoint after SIGTERM or SIGUSR1, before processes are killed.",
+)
+@click.option(
+    "--join-seconds", default=DEFAULT_JOIN_SECONDS, show_default=True, help="Time for all nodes to come together."
+)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the run's latest checkpoint.")
 @friendly_errors
-def launch_command(config: str, overrides: tuple[str, ...], processes: int, resume: bool) -> None:
+def launch_command(
+    config: str,
+    overrides: tuple[str, ...],
+    processes: int | None,
+    nodes: int,
+    node_rank: int | None,
+    endpoint: str | None,
+    resume: bool,
+    **limits: Any,
+) -> None:
     """Train the model of CONFIG, a YAML file or the name of a packaged config.
 
     Config fields are set by KEY=VALUE with dotted keys, such as `data.train=DIR schedule.total_steps=500`. A second
-    launch goes on from the latest checkpoint of the run directory.
+    launch goes on from the latest checkpoint of the run directory. SIGTERM writes a checkpoint and exits with status
+    143, SIGUSR1 with status 75.
     """
-    from blt_train.launch import check_processes, is_rank, launch_processes, run_as_rank, torchrun_command
-
+    # Read by torch when it is loaded: what its C++ parts warn of is told in one sentence here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if is_rank():
-        run_as_rank(lambda: _train(load_config(config, overrides), resume))
+        run_as_rank(lambda: _train(load_config(config, overrides), resume or is_restarted()))
         return
+    if nodes > 1 and node_rank is None:
+        raise ConfigError(f"--nnodes {nodes} needs --node-rank: 0 on the node of --rdzv-endpoint, then 1 and so on")
     loaded = load_config(config, overrides)
-    check_processes(loaded, processes)
-    if processes == 1:
+    from blt_train.launch.job import check_processes, count_devices, launch_processes
+
+    options = LaunchOptions(
+        processes=count_devices(loaded) if processes is None else processes,
+        nodes=nodes,
+        node_rank=node_rank or 0,
+        endpoint=Endpoint.parse(endpoint) if endpoint is not None else None,
+        **limits,
+    )
+    check_processes(loaded, options)
+    if options.world_size == 1:
         _train(loaded, resume)
         return
     arguments = ["launch", config, *overrides, *([] if resume else ["--no-resume"])]
-    click.echo(f"the same by hand: {torchrun_command(arguments, processes)}", err=True)
-    launch_processes(arguments, processes)
+    click.echo(f"the same by hand: {torchrun_command(arguments, options)}", err=True)
+    launch_processes(arguments, options, lambda sentence: click.echo(sentence, err=True))
 
 
 def _train(config: TrainConfig, resume: bool) -> None:
     """Train in this process, showing progress, and print the summary on the first rank."""
-    from blt_train.launch import is_rank
     from blt_train.trainer import train
 
     rank_is_shown = not is_rank() or _is_first_rank()
