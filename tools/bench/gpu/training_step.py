@@ -1,0 +1,259 @@
+"""A training step on the GPU: bytes a second, share of the peak, memory, and where the time goes.
+
+    python -m tools.bench.gpu.training_step
+    python -m tools.bench.gpu.training_step --cases blt-1b/8192 --budget 120
+
+Forward, loss and backward of micro batches of real document lengths (cut at the sequence length), weights in float32,
+products in bfloat16, as the trainer runs them: every block compiled by itself. The optimizer's update is timed apart,
+as a global batch has many micro batches. Operations are exact and those of the model alone: no entropy model, no
+recomputation. `mfu` is the share of the datasheet's dense bfloat16 rate, `of_matmul` that of a large matrix product on
+the same device. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tools.bench.gpu.harness import (
+    Row,
+    Settings,
+    copy_bandwidth,
+    matmul_rate,
+    median_seconds,
+    peak_rate,
+    report,
+    settings,
+    wait,
+)
+from tools.bench.gpu.profiles import time_by_kind
+from tools.bench.gpu.texts import patch_lengths, pieces
+from torch import Tensor
+
+from blt_model import BLT, BLTConfig, PackedBatch, pack_documents, preset
+from blt_model.loss import cross_entropy_sum
+from blt_train.config import OptimizerConfig
+from blt_train.model_flops import training_flops
+from blt_train.optim import make_optimizer
+
+PATCH_LENGTH = 4.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One configuration."""
+
+    preset: str
+    sequence: int
+    """Tokens of a sequence, at which documents are cut."""
+    tokens: int
+    """Tokens of a micro batch."""
+    backend: str = "auto"
+    compiled: str = "model"
+    """What is compiled as one: "model", "blocks" or "nothing"."""
+    checkpointing: str = "none"
+    float8: bool = False
+    table_size: int | None = None
+    """Rows of a hash table; None for the preset's."""
+
+    @property
+    def name(self) -> str:
+        """What --cases selects by."""
+        parts = [self.preset, str(self.sequence), f"t{self.tokens}", self.backend, self.checkpointing]
+        parts += [f"compile-{self.compiled}"] + ["float8"] * self.float8
+        parts += [] if self.table_size is None else [f"h{self.table_size}"]
+        return "/".join(parts)
+
+
+CASES = (
+    Case(preset="blt-1b", sequence=8192, tokens=32768, compiled="blocks"),
+    Case(preset="blt-1b", sequence=8192, tokens=32768),
+    Case(preset="blt-1b", sequence=16384, tokens=32768),
+    Case(preset="blt-1b", sequence=8192, tokens=65536, checkpointing="selective"),
+    Case(preset="blt-400m", sequence=8192, tokens=32768),
+    Case(preset="blt-1b", sequence=8192, tokens=32768, float8=True),
+    Case(preset="blt-400m", sequence=16384, tokens=65536),
+    Case(preset="blt-1b", sequence=8192, tokens=32768, backend="flex"),
+    Case(preset="blt-400m", sequence=8192, tokens=32768, backend="sdpa", compiled="nothing"),
+    Case(preset="blt-400m", sequence=8192, tokens=32768, compiled="nothing"),
+)
+TINY = (
+    Case(preset="blt-debug", sequence=64, tokens=256, compiled="nothing"),
+    Case(preset="blt-debug", sequence=128, tokens=256, compiled="nothing", backend="sdpa", checkpointing="full"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A micro batch on the device and its operations, forward and backward."""
+
+    batch: PackedBatch
+    targets: Tensor
+    flops: float
+    bytes: int
+    patches: int
+
+
+def make_work(case: Case, config: BLTConfig, device: torch.device) -> Work:
+    """A micro batch of real document lengths and random patches; shapes as the trainer's, full but for rounding."""
+    rng = np.random.default_rng(0)
+    texts = [text.astype(np.int64) for text in pieces(case.tokens, case.sequence)]
+    lengths = [patch_lengths(len(text), PATCH_LENGTH, rng) for text in texts]
+    batch, targets = pack_documents(texts, lengths)
+    if batch.patch_offsets is None:
+        raise RuntimeError("the batch has no patches")
+    inputs = np.array([len(text) - 1 for text in texts])
+    patches = np.array([len(row) for row in lengths])
+    # The trainer bounds both by the sequence, so that shapes and kernels do not depend on the batch.
+    batch = dataclasses.replace(batch, max_document_tokens=case.sequence, max_document_patches=case.sequence)
+    return Work(
+        batch.to(device),
+        targets.to(device),
+        training_flops(config, inputs, patches),
+        int((targets >= 4).sum()),
+        len(batch.patch_offsets) - 1,
+    )
+
+
+def make_model(case: Case, device: torch.device) -> tuple[BLT, BLTConfig]:
+    """Fresh weights on the device, prepared as the trainer prepares a model for one GPU."""
+    overrides: dict[str, Any] = {}
+    if case.table_size is not None:
+        overrides["hash_embedding"] = {"table_size": case.table_size}
+    config = preset(case.preset, **overrides)
+    if not isinstance(config, BLTConfig):
+        raise TypeError(f"{case.preset} is no blt")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = BLT(config, attention_backend=case.backend)
+    if case.float8:
+        use_float8(model)
+    blocks = [block for part in (model.encoder, model.latent, model.decoder) for block in part.blocks]
+    for block in blocks:
+        if case.checkpointing != "none":
+            checkpoint_block(block, case.checkpointing)
+        if case.compiled == "blocks":
+            block.compile(dynamic=False)
+    if case.compiled == "model":
+        model.compile(dynamic=False)
+    return model, config
+
+
+SAVED = frozenset(
+    name
+    for name in (
+        "aten.mm.default",
+        "aten._scaled_mm.default",
+        "torch_attn._varlen_attn.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+    )
+)
+"""What selective checkpointing keeps: results that are dear to compute again."""
+
+
+def checkpoint_block(block: torch.nn.Module, kind: str) -> None:
+    """Let a block's backward compute its forward again, all of it or but for the operations in SAVED."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    forward = block.forward
+
+    def policy(_context: Any, operation: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+        kept = str(operation) in SAVED
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+    block.forward = lambda *inputs: checkpoint(forward, *inputs, **options)  # type: ignore[method-assign]
+
+
+def use_float8(model: BLT) -> None:
+    """Let the latent transformer's linear maps multiply in 8 bits (torchao, scales per row)."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(model.latent, config=Float8LinearConfig.from_recipe_name("rowwise"))
+
+
+def step_of(model: BLT, work: Work, device: torch.device) -> Callable[[], None]:
+    """Forward, loss and backward of one micro batch; gradients add up, as over the micro batches of a step."""
+    half = device.type == "cuda"
+    scale = 1 / int((work.targets >= 0).sum())
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = model(work.batch)
+        (cross_entropy_sum(logits, work.targets) * scale).backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def measure(case: Case, run: Settings, ceiling: float, peak: float | None) -> Row:
+    """All figures of one configuration."""
+    device = run.device
+    model, config = make_model(case, device)
+    work = make_work(case, config, device)
+    step = step_of(model, work, device)
+    step()
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = median_seconds(step, device, repeats=2 if run.tiny else 5, warmup=2)
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    kinds = time_by_kind(step, device, top=24)
+    optimizer_seconds = None
+    # Twice the weights in float32 for the moments, beside weights and gradients.
+    needed = 8 * sum(parameter.numel() for parameter in model.parameters())
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > needed + (4 << 30):
+        optimizer = make_optimizer(model, OptimizerConfig())
+        optimizer_seconds = median_seconds(lambda: update(model, optimizer), device, repeats=3)
+    rate = work.flops / seconds
+    return {
+        "case": case.name,
+        "bytes/s": work.bytes / seconds,
+        "patches/s": work.patches / seconds,
+        "ms": 1e3 * seconds,
+        "TFLOP/s": rate / 1e12,
+        "mfu": None if peak is None else rate / peak,
+        "of_matmul": rate / ceiling,
+        "GB": memory,
+        "optimizer_ms": None if optimizer_seconds is None else 1e3 * optimizer_seconds,
+        "flops_per_byte": work.flops / work.bytes,
+        "ms_by_kind": kinds,
+    }
+
+
+def update(model: BLT, optimizer: torch.optim.Optimizer) -> None:
+    """Clip and update, gradients kept for the next repeat."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all cases for which there is time."""
+    run = settings(__doc__, arguments, budget=150)
+    ceiling, bandwidth, peak = matmul_rate(run.device), copy_bandwidth(run.device), peak_rate(run.device)
+    rows: list[Row] = []
+    for case in TINY if run.tiny else CASES:
+        if not run.wants(case.name):
+            continue
+        try:
+            rows.append(measure(case, run, ceiling, peak))
+        except torch.OutOfMemoryError:
+            rows.append({"case": case.name, "bytes/s": None, "note": "out of memory"})
+        with contextlib.suppress(RuntimeError):
+            torch._dynamo.reset()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    for row in rows:
+        print(row["case"], {kind: round(value, 1) for kind, value in row.get("ms_by_kind", {}).items()})
+    report("training_step", run, rows, matmul_flops=ceiling, copy_bandwidth=bandwidth, peak_flops=peak)
+
+
+if __name__ == "__main__":
+    main()
