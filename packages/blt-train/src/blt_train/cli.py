@@ -30,6 +30,7 @@ from blt_train.launch.options import (
 from blt_train.launch.parameters import ProcessCount
 from blt_train.launch.rank import is_rank, is_restarted, run_as_rank
 from blt_train.quickstart.command import quickstart_command
+from blt_train.report_command import report_command
 
 if TYPE_CHECKING:
     from blt_train.trainer import TrainResult
@@ -205,3 +206,4 @@ main.add_command(export_command)
 main.add_command(generate_command)
 main.add_command(import_command)
 main.add_command(quickstart_command)
+main.add_command(report_command)
