@@ -22,7 +22,7 @@ from blt_patcher import EntropyScheme
 from blt_train import generate
 from blt_train.cli import main
 from blt_train.inputs import architecture_of_config
-from blt_train.trainer import fresh_model
+from blt_train.parallel.seeding import fresh_model
 
 
 def run(*arguments: object) -> Result:

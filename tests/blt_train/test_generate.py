@@ -28,7 +28,7 @@ from blt_train.exchange import export_model
 from blt_train.generation import generator_of
 from blt_train.inputs import architecture_of_config
 from blt_train.models import OpenedModel, open_model
-from blt_train.trainer import fresh_model
+from blt_train.parallel.seeding import fresh_model
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from blt_train import (
 from blt_train.checkpoint import RunDirectory, read_trainer_state
 from blt_train.inputs import architecture_of_config
 from blt_train.metrics import Metrics
-from blt_train.trainer import fresh_model
+from blt_train.parallel.seeding import fresh_model
 
 
 def holdout_of(config_name: str, root: Path) -> str:

@@ -31,6 +31,8 @@ from blt_model import BLT, ByteLM
 from blt_model.weights.native import save_model
 from blt_train.errors import CheckpointError
 from blt_train.files import point_link, publish_directory
+from blt_train.parallel.rows import placed_as, whole
+from blt_train.parallel.seeding import meta_model
 
 FORMAT_VERSION = 1
 CHECKPOINTS_NAME = "checkpoints"
@@ -216,25 +218,38 @@ class RunDirectory:
         folder = self.path / CHECKPOINTS_NAME
         return sorted(path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name))
 
-    def save(self, model: Model, optimizer: torch.optim.Optimizer, state: TrainerState, keep_last: int) -> Path:
-        """Write a checkpoint, make it durable, move `latest` to it, and remove the oldest.
+    def save(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        state: TrainerState,
+        keep_last: int,
+        *,
+        is_main: bool = True,
+    ) -> Path:
+        """Write a checkpoint, make it durable, move `latest` to it, and remove the oldest; all ranks call this.
 
         Args:
-            model: without wrappers.
+            model: without wrappers, perhaps sharded.
             optimizer: of the model's parameters.
             state: the rest.
             keep_last: how many checkpoints stay.
+            is_main: whether this rank writes.
 
         Returns:
             The checkpoint's directory.
         """
         folder = self.path / CHECKPOINTS_NAME
         name = f"step-{state.step:08d}"
+        weights = _gathered(model.state_dict(), is_main)
+        moments = _gathered(optimizer_tensors(model, optimizer), is_main)
+        if not is_main:
+            return folder / name
         temporary = folder / (_TEMPORARY_PREFIX + name)
         if temporary.exists():
             shutil.rmtree(temporary)
-        save_model(model, temporary)
-        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER_NAME)
+        save_model(_plain(model, weights), temporary)
+        save_file(moments, temporary / OPTIMIZER_NAME)
         text = json.dumps(state.to_json(), indent=2, ensure_ascii=False) + "\n"
         (temporary / TRAINER_NAME).write_text(text, encoding="utf-8")
         publish_directory(temporary, folder / name)
@@ -245,12 +260,29 @@ class RunDirectory:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as `<moment>.<parameter name>` tensors on the CPU."""
+    """Return the optimizer's state as `<moment>.<parameter name>` tensors, plain or sharded as it is."""
     return {
-        f"{moment}.{name}": value.detach().cpu().contiguous()
+        f"{moment}.{name}": value.detach()
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state[parameter].items()
     }
+
+
+def _gathered(tensors: Mapping[str, torch.Tensor], is_main: bool) -> dict[str, torch.Tensor]:
+    """Return whole tensors on the CPU of the first rank, one after the other; nothing on the others."""
+    result = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if is_main:
+            result[name] = gathered.cpu().contiguous()
+    return result
+
+
+def _plain(model: Model, weights: Mapping[str, torch.Tensor]) -> Model:
+    """Return a model on the CPU with these weights."""
+    plain, _ = meta_model(model.config)
+    plain.load_state_dict(weights, assign=True)
+    return plain
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -275,6 +307,10 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     for key, value in tensors.items():
         moment, _, name = key.partition(".")
         by_name.setdefault(name, {})[moment] = value.clone()
+    for name, parameter in model.named_parameters():
+        for moment, value in by_name.get(name, {}).items():
+            if value.shape == parameter.shape:
+                by_name[name][moment] = placed_as(value, parameter)
     if sorted(by_name) != sorted(ordered):
         raise CheckpointError(f"{path}: holds another model's state; resume from another checkpoint")
     groups = optimizer.state_dict()["param_groups"]

@@ -21,13 +21,15 @@ from blt_model import ByteLM
 from blt_model.loss import CHUNK_TOKENS
 from blt_model.packed import IGNORED_TARGET
 from blt_model.weights.native import load_model
+from blt_train.batches import BatchBuilder
 from blt_train.checkpoint import TRAINER_NAME, Model, checkpoint_directory, read_trainer_state
 from blt_train.config import DEFAULT_SEQUENCE_TOKENS, Precision
 from blt_train.documents import DocumentTable, Int64Array, read_documents
 from blt_train.errors import ConfigError
 from blt_train.inputs import open_shards, scoring_fingerprint
-from blt_train.loader import BatchBuilder
 from blt_train.metrics import bits_per_byte
+from blt_train.parallel.compilation import uncompiled
+from blt_train.parallel.sharding import free_gathered
 from blt_train.plan import PADDING_PATCHES, Capacity, Plan, pack
 from blt_train.runtime import Runtime, autocast, choose_device
 
@@ -215,13 +217,13 @@ def evaluate_model(
     patches = 0 if isinstance(model, ByteLM) else sequence_tokens + PADDING_PATCHES
     capacity = Capacity(tokens=sequence_tokens, patches=patches, documents=sequence_tokens + 1)
     plan = pack(documents, chosen, capacity, keep_whole=True)
-    builder = BatchBuilder(documents, capacity, sequences_per_batch)
+    builder = BatchBuilder(capacity, sequences_per_batch)
     sums = np.zeros(len(documents.source_names))
     waiting: tuple[torch.Tensor, Int64Array] | None = None
     was_training = model.training
     model.eval()
     # What is compiled for training's shapes would be compiled anew for these.
-    with torch.compiler.set_stance("force_eager"):
+    with uncompiled(model):
         for part in _parts_of_rank(plan.num_sequences, sequences_per_batch, runtime):
             batch = builder.build([(plan, index) for index in part]).to(runtime.device)
             with autocast(runtime.device, precision):
@@ -233,6 +235,7 @@ def evaluate_model(
             if progress is not None:
                 progress.advance(int(plan.sequence_bytes[part.start : part.stop].sum()))
     _add_by_source(sums, waiting)
+    free_gathered(model)
     model.train(was_training)
     return _evaluation(documents, chosen, runtime.sum(sums.tolist()))
 

@@ -14,16 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blt_model import ModelError, from_json, to_json
-from blt_model.weights.native import load_model, model_fingerprint, save_model
+from blt_model.weights.native import WEIGHTS_SECTION, load_model, model_fingerprint, save_model
+from blt_model.weights.section_reading import SectionReader
 from blt_train.checkpoint import Model, RunDirectory, TrainerState, read_trainer_state
 from blt_train.config_parsing import config_to_mapping, config_to_yaml
 from blt_train.errors import CheckpointError
 from blt_train.files import publish_directory, replace_text
 from blt_train.inputs import Inputs
 from blt_train.metrics import truncate_metrics
+from blt_train.parallel.building import empty_model
+from blt_train.parallel.rows import local_rows, rows_of
+from blt_train.runtime import Runtime
 from blt_train.samples import truncate_samples
 
 log = logging.getLogger(__name__)
@@ -110,24 +112,28 @@ def check_resumable(checkpoint: Path, state: TrainerState, inputs: Inputs) -> No
     _refuse_difference(checkpoint, "", fixed[0], fixed[1], mend)
 
 
-def load_for_resume(checkpoint: Path, device: torch.device) -> tuple[Model, int]:
-    """Load a checkpoint's model.
+def load_for_resume(checkpoint: Path, inputs: Inputs, runtime: Runtime) -> tuple[Model, int]:
+    """Load a checkpoint's model, each rank the rows that it holds.
 
     Args:
         checkpoint: its directory, checked by `check_resumable`.
-        device: where to.
+        inputs: of the run that goes on from it.
+        runtime: this process's place.
 
     Returns:
-        The model, and the number of steps it has been trained for.
+        The model, ready to train, and the number of steps it has been trained for.
 
     Raises:
         CheckpointError: the weights are damaged.
     """
+    model, _ = empty_model(inputs.architecture, inputs.config, runtime.device, runtime.mesh)
     try:
-        model = load_model(checkpoint)
+        weights = SectionReader(checkpoint, WEIGHTS_SECTION)
+        for name, parameter in model.named_parameters():
+            weights.read_rows(name, rows_of(parameter).first, local_rows(parameter.detach()))
     except ModelError as error:
         raise CheckpointError(f"{checkpoint}: cannot be resumed: {error}") from error
-    return model.to(device), read_trainer_state(checkpoint).step
+    return model, read_trainer_state(checkpoint).step
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gloo for CPU and NCCL for CUDA.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import resource
 import sys
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from blt_train.config import Precision, TrainConfig
 from blt_train.errors import ConfigError
+from blt_train.parallel.mesh import make_mesh
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,9 @@ class Runtime:
 
     world_size: int = 1
     """Number of processes."""
+
+    mesh: DeviceMesh | None = None
+    """All processes as a mesh, over which the model is spread; None for one process, whose model is plain."""
 
     @property
     def is_main(self) -> bool:
@@ -87,17 +93,18 @@ def open_runtime(config: TrainConfig) -> Iterator[Runtime]:
     """Join the job and set the process up; leave it afterwards.
 
     Args:
-        config: device, threads and precision are read.
+        config: device, threads, precision and processes are read.
 
     Yields:
         This process's place.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or the processes do not divide into copies of the model.
     """
     world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
     device = choose_device(config.device, local_rank)
+    shard_size = config.parallel.shard_size(world_size)
     threads_before, matmul_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -109,13 +116,16 @@ def open_runtime(config: TrainConfig) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
+        timeout = datetime.timedelta(seconds=config.parallel.timeout_seconds)
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            # gloo beside it, for what lies in the host's memory.
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timeout)
     try:
         rank = dist.get_rank() if world_size > 1 else 0
-        yield Runtime(device=device, rank=rank, world_size=world_size)
+        mesh = make_mesh(device, world_size, shard_size) if world_size > 1 else None
+        yield Runtime(device=device, rank=rank, world_size=world_size, mesh=mesh)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

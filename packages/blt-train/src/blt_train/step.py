@@ -7,7 +7,6 @@ loss per target whatever the number of ranks and micro batches.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from blt_model.loss import cross_entropy_and_z_sum
+from blt_train.batches import MicroBatch
 from blt_train.checkpoint import Model
 from blt_train.config import TrainConfig
-from blt_train.loader import MicroBatch
 from blt_train.optim import WeightAverage, learning_rate
+from blt_train.parallel.gradients import clip, square_sum
+from blt_train.parallel.sharding import begin_micro_batch
 from blt_train.runtime import Runtime, autocast
 from blt_train.sequences import BatchFigures
 from blt_train.update_norm import UpdateNorm
@@ -57,10 +57,10 @@ class TrainStep:
     """Runs optimizer steps of a model."""
 
     def __init__(self, model: Model, optimizer: torch.optim.Optimizer, config: TrainConfig, runtime: Runtime) -> None:
-        """Wrap the model for the number of ranks.
+        """Take the parts together.
 
         Args:
-            model: on its device.
+            model: on its device, spread over the ranks where there are several.
             optimizer: of the model's parameters.
             config: of the run.
             runtime: this process's place.
@@ -69,9 +69,6 @@ class TrainStep:
         decay = config.optimizer.ema_decay
         #: Moving average of the weights; a checkpoint's section "ema" is its `tensors`.
         self.average = None if decay is None else WeightAverage(model, decay)
-        self._forward: nn.Module = model
-        if runtime.world_size > 1:
-            self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def run(
         self, batches: Iterator[MicroBatch], figures: BatchFigures, *, step: int, votes: Sequence[float] = ()
@@ -85,9 +82,7 @@ class TrainStep:
             votes: numbers to sum over all ranks together with the loss, equally many on every rank.
         """
         nll, waited = self._accumulate(batches, figures)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clip)
-        total, *sums = self.runtime.sum([nll.item(), *votes])
-        gradient_norm = float(norm)
+        total, gradient_norm, sums = self._sum_and_clip(nll, votes)
         broken = "loss" if not math.isfinite(total) else "gradient norm" if not math.isfinite(gradient_norm) else None
         rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
         measures = self.config.logging.update_norm
@@ -107,6 +102,22 @@ class TrainStep:
             votes=tuple(sums),
         )
 
+    def _sum_and_clip(self, nll: torch.Tensor, votes: Sequence[float]) -> tuple[float, float, list[float]]:
+        """Return loss and votes summed over ranks, and the global norm of the gradients, which are clipped to it."""
+        largest = self.config.optimizer.gradient_clip
+        if self.runtime.world_size == 1:
+            whole_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+            total, *sums = self.runtime.sum([nll.item(), *votes])
+            return total, float(whole_norm), sums
+        squares = square_sum(self.model.parameters(), nll.device)
+        # One exchange, and one wait for the GPU, for all that ranks must agree on.
+        own = torch.cat([torch.stack([nll, squares]), nll.new_tensor(list(votes))])
+        total, squared_norm, *sums = self.runtime.sum(own)
+        norm = math.sqrt(squared_norm)
+        if math.isfinite(norm):
+            clip(self.model.parameters(), norm, largest)
+        return total, norm, sums
+
     def _update(self, rate: float, step: int) -> None:
         """Move the weights along the gradients that they have."""
         for group in self.optimizer.param_groups:
@@ -118,8 +129,7 @@ class TrainStep:
     def _accumulate(self, batches: Iterator[MicroBatch], figures: BatchFigures) -> tuple[torch.Tensor, float]:
         """Run this rank's micro batches; return their summed loss in nats (float64) and the seconds spent waiting."""
         count = self.config.batch.micro_batches(self.runtime.world_size)
-        # DDP averages gradients over ranks; the mean over the global batch's targets needs their sum.
-        scale = self.runtime.world_size / figures.targets
+        scale = 1 / figures.targets
         nll = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         waited = 0.0
         for index in range(count):
@@ -127,14 +137,10 @@ class TrainStep:
             batch = next(batches)
             waited += time.perf_counter() - before
             batch = batch.to(self.runtime.device)
-            is_last = index == count - 1
-            forward = self._forward
-            with contextlib.ExitStack() as stack:
-                if isinstance(forward, DistributedDataParallel) and not is_last:
-                    stack.enter_context(forward.no_sync())
-                with autocast(self.runtime.device, self.config.precision):
-                    logits = forward(batch.packed)
-                loss, plain = cross_entropy_and_z_sum(logits, batch.targets, self.config.optimizer.z_loss)
-                (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            begin_micro_batch(self.model, self.config.parallel, is_last=index == count - 1)
+            with autocast(self.runtime.device, self.config.precision):
+                logits = self.model(batch.packed)
+            loss, plain = cross_entropy_and_z_sum(logits, batch.targets, self.config.optimizer.z_loss)
+            (loss * scale).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             nll += plain.double()
         return nll, waited

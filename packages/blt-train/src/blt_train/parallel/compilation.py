@@ -30,14 +30,14 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
 
 
 @contextlib.contextmanager
-def uncompiled(is_compiled: bool) -> Iterator[None]:
+def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run a model as it is written, for batches of other shapes than training's.
 
     Args:
-        is_compiled: whether `compile_blocks` was called; otherwise nothing changes, and torch's compiler, which takes
-            seconds to load, stays unloaded.
+        model: where none of it is compiled nothing changes, and torch's compiler, which takes seconds to load, stays
+            unloaded.
     """
-    if not is_compiled:
+    if all(module._compiled_call_impl is None for module in model.modules()):
         yield
         return
     with torch.compiler.set_stance("force_eager"):

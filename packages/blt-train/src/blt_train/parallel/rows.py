@@ -6,9 +6,12 @@ another. Whoever fills, reads or writes shards asks here rather than reckons for
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -82,5 +85,50 @@ def whole(tensor: Tensor) -> Tensor:
     Args:
         tensor: plain, or a DTensor.
     """
-    with torch.no_grad():
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    detached = tensor.detach()
+    if not isinstance(detached, DTensor):
+        return detached
+    shards = [axis for axis, placement in enumerate(detached.placements) if not placement.is_replicate()]
+    if len(shards) <= 1:
+        return detached.full_tensor()
+    # torch would gather over one axis after the other.
+    local, offsets = detached.to_local(), row_offsets(detached.shape[0], tuple(detached.device_mesh.shape))
+    counts = [end - first for first, end in itertools.pairwise(offsets)]
+    padded = local.new_zeros(max(counts), *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = local.new_empty(len(counts) * max(counts), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    parts = gathered.view(len(counts), max(counts), *local.shape[1:])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def row_offsets(rows: int, shape: Sequence[int]) -> list[int]:
+    """Return the first row of every rank where all axes of a mesh cut the rows, and the number of rows at the end.
+
+    Args:
+        rows: of the whole tensor.
+        shape: of the mesh.
+
+    Returns:
+        One number more than there are ranks; they never fall.
+    """
+    parts = [(0, rows)]
+    for size in shape:
+        parts = [chunk(first, end, size, index) for first, end in parts for index in range(size)]
+    return [first for first, _ in parts] + [rows]
+
+
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's rows of a whole tensor, placed as another one is.
+
+    Args:
+        tensor: plain, with all rows, on any device.
+        like: of the same shape: plain or a DTensor.
+    """
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device)
+    rows = rows_of(like)
+    local = tensor[rows.first : rows.end].clone().to(like.device)
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from blt_model.hash_embedding import HashEmbedding, hash_rows
-from blt_train.parallel.rows import chunk
+from blt_train.parallel.rows import row_offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +120,3 @@ class ShardedHashEmbedding(HashEmbedding):
         dist.all_to_all_single(asked, rows, given_counts, needed_counts)
         return Exchange(asked - self._first, needed_counts, given_counts, self._travel_dtype)
 
-
-def row_offsets(rows: int, shape: tuple[int, ...]) -> list[int]:
-    """Return the first row of every rank, and the number of rows at the end.
-
-    Args:
-        rows: of the whole table.
-        shape: of the mesh, whose axes cut the rows one after the other.
-
-    Returns:
-        W + 1 numbers that never fall.
-    """
-    parts = [(0, rows)]
-    for size in shape:
-        parts = [chunk(first, end, size, index) for first, end in parts for index in range(size)]
-    return [first for first, _ in parts] + [rows]
