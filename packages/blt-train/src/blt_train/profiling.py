@@ -92,7 +92,7 @@ class StepProfiler:
         if self._records_memory:
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
         self._profile = profile(activities=activities, record_shapes=True, with_stack=False)
-        self._profile.__enter__()
+        self._profile.start()
         self._first = self._last = step
 
     def end(self, step: int) -> None:
@@ -114,7 +114,7 @@ class StepProfiler:
             return
         if self._runtime.device.type == "cuda":
             torch.cuda.synchronize(self._runtime.device)
-        recording.__exit__(None, None, None)
+        recording.stop()
         name = f"steps-{self._first:08d}-{self._last:08d}-rank-{self._runtime.rank:05d}"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ class StepProfiler:
     def _write_memory(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}")
         with naming(temporary):
-            torch.cuda.memory._dump_snapshot(str(temporary))
+            torch.cuda.memory._dump_snapshot(str(temporary))  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.memory._record_memory_history(enabled=None)
         temporary.replace(path)
         log.info("memory snapshot for pytorch.org/memory_viz: %s", path)

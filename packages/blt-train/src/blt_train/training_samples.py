@@ -23,6 +23,8 @@ from blt_train.errors import ConfigError
 from blt_train.generation import generator_of
 from blt_train.inputs import Inputs
 from blt_train.models import OpenedModel
+from blt_train.parallel.compilation import uncompiled
+from blt_train.parallel.rows import whole
 from blt_train.runtime import Runtime
 from blt_train.samples import Sample, sample_of
 
@@ -51,7 +53,7 @@ class TrainingSampler:
         self._logging = inputs.config.logging
         self._scheme = None
         self._resets_at_newlines = False
-        if not self._logging.samples or runtime.rank != 0:
+        if not self._logging.samples:
             return
         provenance = inputs.directory.manifest.provenance
         if inputs.entropy_fingerprint is not None and inputs.entropy_model is None:
@@ -59,8 +61,9 @@ class TrainingSampler:
                 "logging.samples needs the entropy model that made the patches: name its directory with "
                 "entropy_model, or set logging.samples=[]"
             )
-        if provenance.get("scheme") is not None:
-            self._scheme = scheme_from_json(provenance["scheme"])
+        scheme = provenance.get("scheme")
+        if isinstance(scheme, dict):
+            self._scheme = scheme_from_json(scheme)
         scored_by = provenance.get("entropy_model")
         self._resets_at_newlines = isinstance(scored_by, dict) and bool(scored_by.get("reset_at_newlines", False))
 
@@ -87,32 +90,32 @@ class TrainingSampler:
         Returns:
             A sample per prompt on the first rank, nothing on the others. Generation that fails is a warning.
         """
-        with self._whole(model) as whole:
+        with self._on_first_rank(model) as complete:
             samples: list[Sample] = []
-            if whole is not None:
+            if complete is not None:
                 try:
-                    samples = self._generate(whole, step)
+                    samples = self._generate(complete, step)
                 except (ModelError, RuntimeError) as error:  # the GPU's memory among them
                     log.warning("no samples of step %d (%s); training goes on", step, " ".join(str(error).split()))
         self._runtime.barrier()
         return samples
 
     @contextlib.contextmanager
-    def _whole(self, model: Model) -> Iterator[Model | None]:
+    def _on_first_rank(self, model: Model) -> Iterator[Model | None]:
         """Yield a model with whole weights on the first rank and None on the others."""
         if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             was_training = model.training
             model.eval()
-            yield model if self._runtime.rank == 0 else None
+            yield model if self._runtime.is_main else None
             model.train(was_training)
             return
         tensors: dict[str, Tensor] = {}
-        keep = torch.bfloat16 if self._inputs.config.precision is Precision.BFLOAT16 else None
-        for name, value in model.state_dict().items():
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            if self._runtime.rank == 0:
-                tensors[name] = full.to("cpu", keep if full.is_floating_point() else None)
-        if self._runtime.rank != 0:
+        dtype = torch.bfloat16 if self._inputs.config.precision is Precision.BFLOAT16 else torch.float32
+        for name, parameter in model.named_parameters():
+            tensor = whole(parameter)
+            if self._runtime.is_main:
+                tensors[name] = tensor.to("cpu", dtype)
+        if not self._runtime.is_main:
             yield None
             return
         with torch.device("meta"):
@@ -132,9 +135,7 @@ class TrainingSampler:
     def _generate(self, model: Model, step: int) -> list[Sample]:
         device = next(model.parameters()).device
         prompts = self._logging.samples
-        # Blocks compiled for training's shapes are run as they are written, rather than compiled anew.
-        eager = torch.compiler.set_stance("force_eager")
-        with self._entropy_model_on(device) as entropy_model, eager, torch.inference_mode():
+        with self._entropy_model_on(device) as entropy_model, uncompiled(model):
             opened = OpenedModel(
                 model=model,
                 scheme=None if isinstance(model, ByteLM) else self._scheme,

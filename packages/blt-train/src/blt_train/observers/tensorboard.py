@@ -29,7 +29,7 @@ class TensorBoardObserver:
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = first_step if first_step > 1 else None
-        self._writer: Any = SummaryWriter(str(run / DIRECTORY_NAME), purge_step=purge_step)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._writer: Any = SummaryWriter(str(run / DIRECTORY_NAME), purge_step=purge_step)
         self._writer.add_text("config", _code(yaml.safe_dump(dict(config), sort_keys=False)), first_step - 1)
 
     def observe(self, record: Record) -> None:

@@ -8,6 +8,7 @@ one finds there, too, but for times.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class WandbObserver:
         self._wandb = wandb
         self._state = run / STATE_NAME
         identifier, self._told = _read_state(self._state)
-        identifier = identifier or wandb.util.generate_id()
+        identifier = identifier or uuid.uuid4().hex[:12]
         self._run = wandb.init(
             project=logging.wandb_project,
             dir=str(run),

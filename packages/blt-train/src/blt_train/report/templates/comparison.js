@@ -25,7 +25,7 @@
     if (value < 6000) return trim(value / 60, 3) + " min";
     return value < 360000 ? trim(value / 3600, 3) + " h" : trim(value / 86400, 3) + " d";
   };
-  const count = (value) => Math.abs(value) < 1e5 ? trim(value, 5) : scaled(value, ["", "k", "M", "G"], 1000);
+  const count = (value) => Math.abs(value) < 1e5 ? Number(value.toPrecision(5)).toLocaleString("en") : scaled(value, ["", "k", "M", "G"], 1000);
 
   const AXES = {
     step: { name: "steps", format: count },
@@ -37,8 +37,8 @@
   const CHARTS = [
     { column: "bpb", title: "Bits per byte, training", wide: true, format: plain, holdout: false },
     { holdout: true, title: "Bits per byte, held out", format: plain },
-    { column: "loss", title: "Loss", unit: "nats per target", format: plain },
     { sources: true, format: plain },
+    { column: "loss", title: "Loss", unit: "nats per target", format: plain },
     { column: "learning_rate", title: "Learning rate", format: plain, raw: true },
     { column: "gradient_norm", title: "Gradient norm", unit: "before clipping", format: plain, log: true },
     { column: "update_norm", title: "Update norm", format: plain, log: true },
@@ -70,8 +70,9 @@
       counts.push(counts[i] + (value === null ? 0 : 1));
     });
     return values.map((value, i) => {
-      const low = Math.max(0, i - half), high = Math.min(values.length, i + half + 1);
-      return value === null || counts[high] === counts[low] ? null : (sums[high] - sums[low]) / (counts[high] - counts[low]);
+      // At the steep beginning as far to the right as to the left, or the curve would be bent.
+      const low = Math.max(0, i - half), high = Math.min(values.length, i + Math.min(half, i) + 1);
+      return value === null ? null : (sums[high] - sums[low]) / (counts[high] - counts[low]);
     });
   }
 
@@ -103,25 +104,33 @@
     return high > low ? [low, high] : [low, low + 1];
   }
 
+  const quantile = (sorted, share) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
+
+  // The values that count for the vertical range: with outliers clipped, neither the untrained model nor rare spikes.
   function rangeY(lines, chart) {
-    const values = [];
+    const means = [], lows = [], highs = [];
+    const usable = (y) => y !== null && (!chart.log || y > 0);
     for (const line of lines) {
-      const first = state.clip && line.y.length > 20 ? Math.floor(line.y.length * 0.02) : 0;
-      for (const part of state.clip ? [line.y] : [line.y, line.low ?? line.raw ?? [], line.high ?? []])
-        part.forEach((y, i) => { if (i >= first && y !== null && (!chart.log || y > 0)) values.push(y); });
+      const skip = state.clip && line.y.length > 3;
+      line.y.forEach((y, i) => { if (usable(y) && !(skip && line.x[i] === 0)) means.push(y); });
+      for (const y of line.low ?? line.raw ?? []) if (usable(y)) lows.push(y);
+      for (const y of line.high ?? line.raw ?? []) if (usable(y)) highs.push(y);
     }
-    if (!values.length) return null;
-    values.sort((a, b) => a - b);
-    const at = (share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];
-    let low = values[0], high = values[values.length - 1];
-    if (state.clip && values.length > 50) {
-      const far = at(0.98) + 1.5 * (at(0.98) - at(0.02));
-      high = Math.min(high, far > at(0.98) ? far : high);
+    if (!means.length) return null;
+    for (const list of [means, lows, highs]) list.sort((a, b) => a - b);
+    let low = means[0], high = means.at(-1);
+    if (!state.clip) {
+      low = Math.min(low, lows[0] ?? low);
+      high = Math.max(high, highs.at(-1) ?? high);
+    } else if (means.length >= 8 && !chart.raw) {
+      const top = quantile(means, 0.93);
+      high = Math.min(high, top + 0.6 * (top - low));
+      low = Math.min(low, quantile(lows, 0.05) ?? low);
+      high = Math.max(high, Math.min(means.at(-1), quantile(highs, 0.93) ?? high), quantile(highs, 0.5) ?? high);
     }
     if (chart.log) return high / low < 1.2 ? [low / 1.5, high * 1.5] : [low / 1.08, high * 1.08];
     if (chart.zero) low = Math.min(0, low);
-    if (high - low < 1e-12 * Math.max(1, Math.abs(high)) || high === low) { const pad = Math.abs(high) * 0.1 || 1; return chart.zero ? [low, high + pad] : [low - pad, high + pad]; }
-    const pad = (high - low) * 0.06;
+    const isFlat = high - low <= 1e-9 * Math.abs(high), pad = isFlat ? Math.abs(high) * 0.1 || 1 : (high - low) * 0.06;
     return [chart.zero && low === 0 ? 0 : low - pad, high + pad];
   }
 
