@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, TypeAlias
 
 from blt_train.metrics import EvaluationMetrics, StepMetrics
@@ -22,6 +23,7 @@ _GROUPS = {
         "flops_per_second_per_rank",
         "mfu",
     ),
+    "checkpoint": ("checkpoint_seconds", "checkpoint_bytes"),
     "memory": ("memory_bytes", "memory_reserved_bytes"),
     "data": ("targets", "bytes", "patches", "mean_patch_length", "utilisation", "epoch", "sources", "flops"),
 }
@@ -54,7 +56,8 @@ def scalars_of(metrics: StepMetrics | EvaluationMetrics) -> dict[str, float]:
         if field == "step" or value is None:
             continue
         if isinstance(value, (int, float)):
-            scalars[name] = float(value)
+            if math.isfinite(value):  # a step that was left out has neither loss nor norm
+                scalars[name] = float(value)
         else:
             scalars.update({f"{name}/{source}": float(part) for source, part in value.items()})
     return scalars
