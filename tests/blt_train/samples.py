@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from blt_data.shards import Manifest, ShardDirectory, ShardKind, write_manifest, write_shard
 from blt_patcher import PatchScheme, SpaceScheme, patch_document, scheme_to_json
 from blt_train import TrainConfig, load_config, read_metrics
+from blt_train.batches import MicroBatch
 from blt_train.documents import DocumentTable, read_documents
 from blt_train.groups import ShardGroups
 from blt_train.metrics import Metrics
@@ -106,6 +108,22 @@ def stream_of(directory: Path, capacity: Capacity, *, group_documents: int = 10*
     return SequenceStream({"train": source_stream(directory, capacity, group_documents=group_documents)})
 
 
+def sequence_rows(batch: MicroBatch, tokens: int) -> list[bytes]:
+    """All that a batch says of each of its sequences of T tokens, independent of the other sequences in it."""
+    packed = batch.packed
+    rows = []
+    for start in range(0, packed.tokens.numel(), tokens):
+        own = slice(start, start + tokens)
+        parts = [packed.tokens[own], batch.targets[own]]
+        for offsets in (packed.document_offsets, packed.patch_offsets):
+            if offsets is not None:
+                parts.append((offsets[(offsets >= start) & (offsets < start + tokens)] - start).long())
+        if packed.decoder_patch is not None:
+            parts.append(packed.decoder_patch[own] - packed.decoder_patch[start])
+        rows.append(b"|".join(part.numpy().tobytes() for part in parts))
+    return rows
+
+
 def byte_config(root: Path, name: str, *overrides: str) -> TrainConfig:
     """The debug entropy config on `root`/bytes, in run directory `root`/`name`."""
     return load_config("debug-entropy", [f"run={root / name}", f"data.train={root / 'bytes'}", *overrides])
@@ -118,9 +136,11 @@ def blt_config(root: Path, name: str, *overrides: str) -> TrainConfig:
 
 def without_times(metrics: Iterable[Metrics]) -> list[dict[str, Any]]:
     """Metrics as dictionaries, without what differs from launch to launch."""
-    measured = ("seconds", "data_wait", "bytes_per_second", "patches_per_second", "memory_bytes", "holdout_seconds")
+    measured = re.compile(
+        ".*seconds|data_wait|(bytes|patches|flops)_per_second.*|mfu|memory.*bytes|checkpoint_(seconds|bytes)"
+    )
     rows = [dataclasses.asdict(item) for item in metrics]
-    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+    return [{key: value for key, value in row.items() if not measured.fullmatch(key)} for row in rows]
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -12,13 +14,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.blt_train.samples import table_of, text_documents, write_documents, write_patched
+from tests.blt_train.samples import (
+    sequence_rows,
+    stream_of,
+    table_of,
+    text_documents,
+    write_documents,
+    write_patched,
+)
 
-from blt_data import frame
+from blt_data import InputError, frame
 from blt_model import PackedBatch, pack_documents
 from blt_model.packed import IGNORED_TARGET
+from blt_train.batches import BatchBuilder, MicroBatch
 from blt_train.documents import DocumentTable
-from blt_train.loader import BatchBuilder, Loader, MicroBatch, Slice
+from blt_train.loader import Loader, Slice
 from blt_train.plan import Capacity, Plan, derive_capacity, plan_epoch
 from blt_train.sequences import SequenceStream
 
@@ -140,35 +150,41 @@ def test_static_shapes_differ_in_empty_segments_only(patched: DocumentTable) -> 
     assert trimmed.document_offsets[-2] == 3 * 96
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_global_batch_is_the_same_for_every_world_size(patched: DocumentTable, world_size: int) -> None:
-    stream = SequenceStream(patched, derive_capacity(patched, tokens=96), seed=0)
+def test_a_batch_of_several_plans_is_the_sequences_end_to_end(tmp_path: Path) -> None:
+    tables = [table_of(write_patched(tmp_path / str(seed), text_documents(30, seed=seed))) for seed in range(2)]
+    capacity = derive_capacity(tables[0], tokens=96)
+    plans = [plan_epoch(table, capacity, seed=0, epoch=0) for table in tables]
+    chosen = [(plans[0], 4), (plans[1], 4), (plans[1], 0), (plans[0], 1)]
+    batch = BatchBuilder(capacity, 4).build(chosen)
+    single = BatchBuilder(capacity, 1)
+    alone = [single.build([item]) for item in chosen]
+    assert torch.equal(batch.packed.tokens, torch.cat([part.packed.tokens for part in alone]))
+    assert torch.equal(batch.targets, torch.cat([part.targets for part in alone]))
+    assert sequence_rows(batch, 96) == [row for part in alone for row in sequence_rows(part, 96)]
 
-    def rows(size: int, per_micro_batch: int, step: int) -> Counter[bytes]:
-        found: Counter[bytes] = Counter()
-        for rank in range(size):
-            part = Slice(sequences_per_step=8, sequences_per_micro_batch=per_micro_batch, rank=rank, world_size=size)
-            loader = Loader(stream, part, first_step=0, end_step=4)
-            for micro_batch in range(part.micro_batches):
-                batch = loader.batch(step, micro_batch)
-                pairs = torch.stack([batch.packed.tokens, batch.targets]).view(2, -1, 96)
-                found.update(pairs[:, index].numpy().tobytes() for index in range(pairs.shape[1]))
-        return found
 
-    for step in range(4):
-        alone = rows(1, 8, step)
-        assert alone.total() == 8
-        assert rows(world_size, 2, step) == alone
+def test_patch_lengths_that_are_not_those_of_the_plan_are_refused(tmp_path: Path) -> None:
+    # As when a shard's file is overwritten while it is mapped: the kernel must not write beyond its arrays.
+    contents = [b"some words in a row"] * 2
+    short, long = (np.array([1, *row], dtype=np.uint16) for row in ([10, 10], [2] * 10))
+    planned = table_of(write_documents(tmp_path / "planned", contents, [short, short]))
+    found = table_of(write_documents(tmp_path / "found", contents, [long, long]))
+    capacity = Capacity(tokens=64, patches=12, documents=4)
+    plan = plan_epoch(planned, capacity, seed=0, epoch=0)
+    changed = dataclasses.replace(planned, patch_address=found.patch_address, columns=found.columns)
+    with pytest.raises(InputError, match="planned: the patch lengths of a document changed"):
+        BatchBuilder(capacity, 1).build([(dataclasses.replace(plan, documents=changed), 0)])
 
 
 def test_epochs_of_targets_without_loss(tmp_path: Path) -> None:
     documents = [bytes([65 + index]) * (index * 7 % 50) for index in range(26)]
-    table = table_of(write_documents(tmp_path / "d", documents))
-    stream = SequenceStream(table, Capacity(tokens=32, patches=0, documents=8), seed=0)
-    sequences = stream.plan(0).num_sequences + stream.plan(1).num_sequences
+    stream = stream_of(write_documents(tmp_path / "d", documents), Capacity(tokens=32, patches=0, documents=8))
+    sequences = 0
+    while stream.figures(sequences, 1).epoch < 2:
+        sequences += 1
     part = Slice(sequences_per_step=1, sequences_per_micro_batch=1)
     counts: Counter[int] = Counter()
-    with Loader(stream, part, first_step=0, end_step=sequences) as loader:
+    with Loader(stream, part, first_step=0, end_step=sequences + 1) as loader:
         for batch in loader:
             counts.update(batch.targets.tolist())
     counts.pop(IGNORED_TARGET)
@@ -176,10 +192,16 @@ def test_epochs_of_targets_without_loss(tmp_path: Path) -> None:
     assert counts == {token: 2 * count for token, count in expected.items()}
 
 
-def test_thread_gives_what_was_asked_for_in_order(patched: DocumentTable) -> None:
-    stream = SequenceStream(patched, derive_capacity(patched, tokens=96), seed=0)
+@pytest.fixture
+def stream(tmp_path: Path) -> SequenceStream:
+    directory = write_patched(tmp_path / "stream", text_documents(50))
+    return stream_of(directory, derive_capacity(table_of(directory), tokens=96))
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 4), (1, 1), (3, 2), (2, 8)])
+def test_threads_give_what_was_asked_for_in_order(stream: SequenceStream, workers: int, prefetch: int) -> None:
     part = Slice(sequences_per_step=4, sequences_per_micro_batch=2)
-    with Loader(stream, part, first_step=3, end_step=6, prefetch=1) as loader:
+    with Loader(stream, part, first_step=3, end_step=6, workers=workers, prefetch=prefetch) as loader:
         got = list(loader)
         expected = [loader.batch(step, micro_batch) for step in range(3, 6) for micro_batch in range(2)]
     assert len(got) == len(expected)
@@ -187,17 +209,43 @@ def test_thread_gives_what_was_asked_for_in_order(patched: DocumentTable) -> Non
         assert_same(batch, wanted.packed, wanted.targets)
 
 
-def test_errors_of_the_thread_reach_the_reader(patched: DocumentTable) -> None:
-    class Broken(SequenceStream):
-        def locate(self, index: int) -> tuple[int, int]:
-            if index >= 4:
-                raise OSError("the disk went away")
-            return super().locate(index)
+class Broken(SequenceStream):
+    """A stream whose disk goes away, and which counts what is asked of it."""
 
-    stream = Broken(patched, derive_capacity(patched, tokens=96), seed=0)
+    def __init__(self, stream: SequenceStream, end: int) -> None:
+        self.capacity, self.end, self.asked = stream.capacity, end, 0
+        self._good = stream
+
+    def sequences(self, first: int, count: int) -> list[tuple[Plan, int]]:
+        self.asked = max(self.asked, first + count)
+        if first >= self.end:
+            raise OSError("the disk went away")
+        return self._good.sequences(first, count)
+
+    def plan_ahead(self, first: int, count: int) -> None:
+        self._good.plan_ahead(first, count)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_errors_are_raised_where_the_batch_is_read(stream: SequenceStream, workers: int) -> None:
     part = Slice(sequences_per_step=2, sequences_per_micro_batch=2)
-    with (
-        Loader(stream, part, first_step=0, end_step=9) as loader,
-        pytest.raises(OSError, match="the disk went away"),
-    ):
-        list(loader)
+    got = []
+    with Loader(Broken(stream, 4), part, first_step=0, end_step=9, workers=workers) as loader:
+        batches = iter(loader)
+        got = [next(batches), next(batches)]
+        with pytest.raises(OSError, match="the disk went away"):
+            next(batches)
+    assert len(got) == 2
+
+
+def test_the_loader_reads_no_further_ahead_than_told_and_leaves_no_thread(stream: SequenceStream) -> None:
+    before = set(threading.enumerate())
+    counting = Broken(stream, 10**6)
+    part = Slice(sequences_per_step=2, sequences_per_micro_batch=2)
+    with Loader(counting, part, first_step=0, end_step=10**9, workers=2, prefetch=3) as loader:
+        batches = iter(loader)
+        for _ in range(5):
+            next(batches)
+    # Five were read, and three more are the most that may have been begun.
+    assert 5 * 2 <= counting.asked <= 8 * 2
+    assert set(threading.enumerate()) <= before

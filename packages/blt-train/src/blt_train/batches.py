@@ -35,22 +35,25 @@ class MicroBatch:
 class _Tensors:
     """The tensors of one batch while it is being written, and NumPy's views of them.
 
-    Pinned memory is new for every batch: torch keeps what was freed for the next, and gives it away only when the
-    copies to the GPU that were started from it are done, so no batch overwrites one that is still being copied.
+    All lie in one piece of memory, which is new for every batch. Pinned memory is expensive to make, but torch keeps
+    what was freed for the next batch, and gives it away only when the copies to the GPU that were started from it are
+    done: no batch overwrites one that is still being copied.
     """
 
     def __init__(self, capacity: Capacity, num_sequences: int, *, pin: bool) -> None:
         size = num_sequences * capacity.tokens
-        is_patched = capacity.patches > 0
-
-        def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(count, dtype=dtype, pin_memory=pin)
-
-        self.tokens = empty(size, torch.int64)
-        self.targets = empty(size, torch.int64)
-        self.document_offsets = empty(num_sequences * capacity.documents + 1, torch.int32)
-        self.decoder_patch = empty(size if is_patched else 0, torch.int64)
-        self.patch_offsets = empty(num_sequences * capacity.patches + 1, torch.int32)
+        # In units of int64: what has int32 takes half of them.
+        sizes = (
+            size,
+            size,
+            size if capacity.patches else 0,
+            (num_sequences * capacity.documents + 2) // 2,
+            (num_sequences * capacity.patches + 2) // 2,
+        )
+        memory = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pin)
+        self.tokens, self.targets, self.decoder_patch, documents, patches = torch.split(memory, sizes)
+        self.document_offsets = documents.view(torch.int32)[: num_sequences * capacity.documents + 1]
+        self.patch_offsets = patches.view(torch.int32)[: num_sequences * capacity.patches + 1]
         #: int64 [2]: most tokens and most patches of any document.
         self.longest = np.ones(2, dtype=np.int64)
         self.arrays = (
@@ -163,8 +166,9 @@ class BatchBuilder:
 
     def _batch(self, out: _Tensors, *, num_documents: int, num_patches: int) -> MicroBatch:
         """Close the offsets and cut them to what is used, or keep all, the unused being empty segments at the end."""
-        out.document_offsets[num_documents:] = out.tokens.numel()
-        out.patch_offsets[num_patches:] = out.tokens.numel()
+        _, _, all_documents, _, all_patches = out.arrays
+        all_documents[num_documents:] = out.tokens.numel()
+        all_patches[num_patches:] = out.tokens.numel()
         document_offsets, patch_offsets = out.document_offsets, out.patch_offsets
         longest = (self._capacity.tokens, patch_offsets.numel() - 1)
         if not self._static_shapes:

@@ -65,32 +65,36 @@ def _fill_patches(
         first_patch: index of the piece's first patch in the batch.
     """
     size = decoder_patch.size
+    # Position i reads the patch before the one that holds token i + 1. So first a 1 wherever token i + 1 starts a patch
+    # (in the piece or as the target beyond its end), then running sums: twice as fast as writing patch by patch, whose
+    # lengths no processor can predict.
+    decoder_patch[:] = 0
+    decoder_patch[0] = 1
     patch_offsets[0] = at
-    decoder_patch[0] = first_patch
-    # Inside a document the first patch is split, its first token being a patch of its own; then its rest comes next.
-    has_rest = start > 0 and int(lengths[0]) - skip > 1
-    column = -1 if has_rest else 0
-    latest = 0
-    position = 1
-    while position < size:
+    count, position = 1, 1
+    # The piece's first token is a patch of its own; inside a document the rest of the split patch comes next.
+    rest = int(lengths[0]) - skip - 1
+    for column in range(lengths.size):
         # Invariant: a patch starts at `position`.
-        latest += 1
-        column += 1
-        if latest >= patch_offsets.size or column >= lengths.size:
+        length = int(lengths[column]) if column > 0 else rest
+        if length == 0:
+            continue
+        if position >= size:
+            break
+        if count >= patch_offsets.size:
             return -1
-        patch_offsets[latest] = at + position
-        length = int(lengths[column])
-        if column == 0:
-            length -= skip + 1
-        boundary = position + length
-        last = min(boundary, size)
-        for index in range(position, last):
-            decoder_patch[index] = first_patch + latest - 1
-        position = last
-        if boundary <= size:
-            # The token after the patch starts a patch, in this piece or as the target beyond its end.
-            decoder_patch[boundary - 1] = first_patch + latest
-    return latest + 1
+        patch_offsets[count] = at + position
+        count += 1
+        position += length
+        if position <= size:
+            decoder_patch[position - 1] = 1
+    if position < size:
+        return -1
+    latest = first_patch - 1
+    for index in range(size):
+        latest += decoder_patch[index]
+        decoder_patch[index] = latest
+    return count
 
 
 @numba.njit(cache=True, nogil=True)
