@@ -37,7 +37,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket=$folder/munge.socket
+# Credentials live as long as a requeued job waits before it starts again.
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
 SlurmctldPort=${ports[0]}
 SlurmdPort=${ports[1]}
 StateSaveLocation=$folder/state

@@ -31,6 +31,7 @@ from blt_train.launch.parameters import ProcessCount
 from blt_train.launch.rank import is_rank, is_restarted, run_as_rank
 from blt_train.quickstart.command import quickstart_command
 from blt_train.report_command import report_command
+from blt_train.slurm_command import slurm_command
 
 if TYPE_CHECKING:
     from blt_train.trainer import TrainResult
@@ -206,4 +207,5 @@ main.add_command(export_command)
 main.add_command(generate_command)
 main.add_command(import_command)
 main.add_command(quickstart_command)
+main.add_command(slurm_command)
 main.add_command(report_command)

@@ -187,7 +187,8 @@ class Board:
         self._store.set(self._key("left", self._node), "yes")
         deadline = time.monotonic() + timeout
         while is_host and time.monotonic() < deadline:
-            if all(self._has("left", node) for node in range(self._nodes)):
+            staying = {node for node in range(self._nodes) if not self._has("left", node)}
+            if staying <= set(self.lost_nodes()):
                 return
             time.sleep(POLL_SECONDS / 5)
 

@@ -62,6 +62,10 @@ def run_as_rank(body: Callable[[], None]) -> None:
         if launcher is None:
             raise
         _leave(EXIT_INTERRUPTED)
+    except SystemExit as stop:
+        if launcher is None or not isinstance(stop.code, int):
+            raise
+        _leave(stop.code)
     except Exception as error:
         _write_reason(error)
         if launcher is None or os.environ.get("BLT_TRACEBACK"):
