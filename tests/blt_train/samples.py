@@ -47,6 +47,7 @@ def write_documents(
     *,
     provenance: Mapping[str, Any] | None = None,
     num_shards: int = 2,
+    sources: Sequence[str] | None = None,
 ) -> Path:
     """Write a shard directory: byte shards, or patched ones where lengths are given."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def write_documents(
                 kind=kind,
                 document_ids=[str(row) for row in rows],
                 contents=[documents[row] for row in rows],
-                sources=["test"] * len(rows),
+                sources=["test" if sources is None else sources[row] for row in rows],
                 patch_lengths=column,
                 provenance=provenance,
             )
@@ -78,6 +79,7 @@ def write_patched(
     *,
     entropies: Sequence[npt.NDArray[np.float16]] | None = None,
     entropy_fingerprint: str | None = None,
+    num_shards: int = 2,
 ) -> Path:
     """Write a patched shard directory under a scheme, spaces by default."""
     scheme = scheme or SpaceScheme()
@@ -87,7 +89,7 @@ def write_patched(
         "scheme": scheme_to_json(scheme),
         "entropy_model": {"fingerprint": entropy_fingerprint} if entropy_fingerprint else None,
     }
-    return write_documents(directory, documents, lengths, provenance=provenance)
+    return write_documents(directory, documents, lengths, provenance=provenance, num_shards=num_shards)
 
 
 def table_of(directory: Path) -> DocumentTable:
@@ -115,9 +117,11 @@ def sequence_rows(batch: MicroBatch, tokens: int) -> list[bytes]:
     for start in range(0, packed.tokens.numel(), tokens):
         own = slice(start, start + tokens)
         parts = [packed.tokens[own], batch.targets[own]]
-        for offsets in (packed.document_offsets, packed.patch_offsets):
-            if offsets is not None:
-                parts.append((offsets[(offsets >= start) & (offsets < start + tokens)] - start).long())
+        parts += [
+            (offsets[(offsets >= start) & (offsets < start + tokens)] - start).long()
+            for offsets in (packed.document_offsets, packed.patch_offsets)
+            if offsets is not None
+        ]
         if packed.decoder_patch is not None:
             parts.append(packed.decoder_patch[own] - packed.decoder_patch[start])
         rows.append(b"|".join(part.numpy().tobytes() for part in parts))

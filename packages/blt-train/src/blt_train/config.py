@@ -247,8 +247,13 @@ class OptimizerConfig:
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay per step, such as 0.999; null for none."""
 
+    max_nonfinite_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite after which training stops; each is left out and counted."""
+
     def __post_init__(self) -> None:
         """Check the ranges."""
+        steps = self.max_nonfinite_steps
+        _require(steps >= 1, "optimizer.max_nonfinite_steps", steps, "at least 1")
         for name in ("learning_rate", "epsilon", "gradient_clip"):
             _require(_is_positive(getattr(self, name)), f"optimizer.{name}", getattr(self, name), "above 0")
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
@@ -436,6 +441,50 @@ class LoggingConfig:
             )
 
 
+class GpuName(StrEnum):
+    """GPUs that `blt-train plan` knows."""
+
+    A100 = "a100"
+    H100 = "h100"
+    H200 = "h200"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """What `blt-train plan` assumes where there is no data and no GPU to look at; training does not read it."""
+
+    gpu: GpuName = GpuName.H100
+    """Kind of GPU: `h100` (80 GB), `h200` (141 GB) or `a100` (80 GB)."""
+
+    gpus: int = 1
+    """Number of GPUs."""
+
+    mfu: float = 0.4
+    """Model FLOP utilisation: share of the GPUs' peak that goes into the model's own arithmetic."""
+
+    patch_length: float = 4.5
+    """Mean patch length in tokens."""
+
+    document_bytes: int = 4000
+    """Mean length of a document in bytes."""
+
+    utilisation: float = 0.97
+    """Share of the batch's token positions that are no padding."""
+
+    entropy_preset: str = "entropy-100m"
+    """Preset of the entropy LM that scores the training text."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.gpus >= 1, "plan.gpus", self.gpus, "at least 1")
+        for name in ("mfu", "utilisation"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"plan.{name}", value, "above 0 and at most 1")
+        _require(self.document_bytes >= 1, "plan.document_bytes", self.document_bytes, "at least 1")
+        rule = f"at least 1 and at most the document's {self.document_bytes} bytes"
+        _require(1 <= self.patch_length <= self.document_bytes, "plan.patch_length", self.patch_length, rule)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A whole training run."""
@@ -469,6 +518,9 @@ class TrainConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Processes and memory."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What `blt-train plan` assumes."""
 
     precision: Precision = Precision.FLOAT32
     """Arithmetic of the forward and backward pass: `float32` or `bfloat16` (autocast; weights stay float32)."""

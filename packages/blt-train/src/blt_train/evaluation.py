@@ -111,7 +111,7 @@ def evaluate(
     shards = open_shards(data, model.config, verify=True)
     if (directory / TRAINER_NAME).exists():
         state = read_trainer_state(directory)
-        trained = {key: state.data["provenance"].get(key) for key in ("scheme", "entropy_model")}
+        trained = {key: state.provenance.get(key) for key in ("scheme", "entropy_model")}
         given = {key: shards.manifest.provenance.get(key) for key in ("scheme", "entropy_model")}
         if trained["scheme"] != given["scheme"] or state.entropy_model != scoring_fingerprint(given):
             raise ConfigError(

@@ -23,6 +23,9 @@ METRICS_NAME = "metrics.jsonl"
 #: Fields that hold a number for each source.
 _BY_SOURCE = frozenset({"sources", "holdout_bpb_by_source"})
 
+#: Fields of a step that are NaN where the step was not finite, for which JSON has no number: there they are null.
+_MAY_BE_BROKEN = frozenset({"loss", "bpb", "gradient_norm"})
+
 #: What is told of a line that nothing like metrics is in; it goes on from "line 3 ".
 _NO_LINE = "is no metrics line; delete the line to go on"
 
@@ -35,16 +38,19 @@ class StepMetrics:
     """Number of the step, from 1."""
 
     loss: float
-    """Nats per target (bytes and EOS) of the step's global batch, before its update."""
+    """Nats per target (bytes and EOS) of the step's global batch, before its update; null where it is not finite."""
 
     bpb: float
-    """Bits per byte of the same batch: summed loss / (ln 2 x raw bytes)."""
+    """Bits per byte of the same batch: summed loss / (ln 2 x raw bytes); null where it is not finite."""
 
     learning_rate: float
     """Rate of this step's update."""
 
     gradient_norm: float
-    """Global norm of the gradient before clipping."""
+    """Global norm of the gradient before clipping; null where it is not finite."""
+
+    nonfinite_steps: int
+    """Steps so far that were left out because loss or gradient was not finite."""
 
     update_norm: float | None
     """Norm of the change of all weights by this step; null where `logging.update_norm` is false."""
@@ -78,6 +84,12 @@ class StepMetrics:
 
     data_wait: float
     """Seconds of that in which the first rank waited for the loader."""
+
+    checkpoint_seconds: float
+    """Seconds for which training stood still for checkpoints since the step before; not part of `seconds`."""
+
+    checkpoint_bytes: int
+    """Size of the checkpoints that became complete since the step before, all ranks together."""
 
     bytes_per_second: float
     """Raw bytes per second, all ranks together."""
@@ -146,7 +158,11 @@ def bits_per_byte(nll: float, num_bytes: int) -> float:
 
 def to_line(metrics: Metrics) -> str:
     """Return the metrics as one JSON line."""
-    return json.dumps(dataclasses.asdict(metrics), allow_nan=False, ensure_ascii=False) + "\n"
+    record = dataclasses.asdict(metrics)
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            record[name] = None
+    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def from_record(record: dict[str, Any]) -> Metrics:
@@ -170,7 +186,8 @@ def from_record(record: dict[str, Any]) -> Metrics:
         values = value.values() if isinstance(value, dict) and name in _BY_SOURCE else (value,)
         if not all(isinstance(item, (int, float, NoneType)) and not isinstance(item, bool) for item in values):
             raise TypeError(_NO_LINE)
-    return kind(**record)
+    broken = {name: math.nan for name in _MAY_BE_BROKEN if name in record and record[name] is None}
+    return kind(**{**record, **broken})
 
 
 def parse_line(line: bytes) -> Metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import blt_model
 from blt_model import BLT, ByteLM
@@ -72,7 +73,7 @@ def _open_trained(directory: Path, entropy_model: str | os.PathLike[str] | None,
             return _open_loaded(directory, entropy_model, device)
         state = read_trainer_state(directory)
         scheme = _scheme_of(directory, state)
-        scored_by = state.data["provenance"].get("entropy_model")
+        scored_by = state.provenance.get("entropy_model")
         resets = isinstance(scored_by, dict) and bool(scored_by.get(RESET_KEY, False))
         if state.entropy_model is not None or entropy_model is not None:
             copy = directory.parent.parent / ENTROPY_MODEL_NAME
@@ -125,7 +126,7 @@ def _open_loaded(
 
 def _scheme_of(checkpoint: Path, state: TrainerState) -> PatchScheme:
     """Return the patch scheme of the training data."""
-    scheme = state.data["provenance"].get("scheme")
+    scheme: Any = state.provenance.get("scheme")
     try:
         return scheme_from_json(scheme)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from blt_train.checkpoint import SaveFigures
 from blt_train.config import TrainConfig
 from blt_train.config_parsing import config_to_mapping
 from blt_train.hardware import peak_flops_per_second
@@ -108,7 +109,15 @@ def open_reporter(config: TrainConfig, runtime: Runtime, on_progress: OnProgress
 
 
 def step_metrics(
-    outcome: StepOutcome, figures: BatchFigures, *, step: int, seconds: float, runtime: Runtime, inputs: Inputs
+    outcome: StepOutcome,
+    figures: BatchFigures,
+    *,
+    step: int,
+    nonfinite_steps: int,
+    seconds: float,
+    saved: SaveFigures,
+    runtime: Runtime,
+    inputs: Inputs,
 ) -> StepMetrics:
     """Return the metrics of one optimizer step.
 
@@ -116,7 +125,9 @@ def step_metrics(
         outcome: what the step gave.
         figures: of its global batch.
         step: its number, from 1.
+        nonfinite_steps: steps left out so far.
         seconds: wall-clock time that it took.
+        saved: what checkpoints have cost since the step before.
         runtime: this process's place.
         inputs: of the run.
     """
@@ -130,6 +141,7 @@ def step_metrics(
         bpb=bits_per_byte(outcome.nll, figures.bytes),
         learning_rate=outcome.learning_rate,
         gradient_norm=outcome.gradient_norm,
+        nonfinite_steps=nonfinite_steps,
         update_norm=outcome.update_norm,
         targets=figures.targets,
         bytes=figures.bytes,
@@ -137,10 +149,14 @@ def step_metrics(
         mean_patch_length=figures.mean_patch_length,
         utilisation=figures.utilisation,
         epoch=figures.epoch,
-        sources=None,
+        sources={name: source.bytes / figures.bytes for name, source in figures.sources.items()}
+        if len(figures.sources) > 1
+        else None,
         flops=flops,
         seconds=seconds,
         data_wait=outcome.waited,
+        checkpoint_seconds=saved.seconds,
+        checkpoint_bytes=saved.bytes,
         bytes_per_second=figures.bytes / seconds,
         patches_per_second=figures.patches / seconds,
         bytes_per_second_per_rank=figures.bytes * per_rank,

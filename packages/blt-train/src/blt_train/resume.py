@@ -1,8 +1,8 @@
 """Starting and resuming in a run directory: what may differ from the checkpoint, and what may not.
 
 What decides the numbers (model, order of data, batch, optimizer, schedule, precision, seed, the data itself) must be
-as it was; where and how fast it runs (device, processes, micro batch, threads, compile), what is evaluated and kept,
-and where files lie may change.
+as it was; where and how fast it runs (device, processes, mesh, micro batch, threads, compile), what is evaluated and
+kept, and where files lie may change.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from blt_model import ModelError, from_json, to_json
-from blt_model.weights.native import WEIGHTS_SECTION, load_model, model_fingerprint, save_model
-from blt_model.weights.section_reading import SectionReader
-from blt_train.checkpoint import Model, RunDirectory, TrainerState, read_trainer_state
-from blt_train.config_parsing import config_to_mapping, config_to_yaml
-from blt_train.errors import CheckpointError
+from blt_model.weights.native import load_model, model_fingerprint, save_model
+from blt_train.checkpoint import (
+    FORMAT_VERSION,
+    Model,
+    RunDirectory,
+    Section,
+    TrainerState,
+    load_section,
+    read_trainer_state,
+)
+from blt_train.config_parsing import config_from_mapping, config_to_mapping, config_to_yaml
+from blt_train.errors import CheckpointError, ConfigError
 from blt_train.files import publish_directory, replace_text
 from blt_train.inputs import Inputs
 from blt_train.metrics import truncate_metrics
 from blt_train.parallel.building import empty_model
-from blt_train.parallel.rows import local_rows, rows_of
 from blt_train.runtime import Runtime
 from blt_train.samples import truncate_samples
 
@@ -42,8 +48,12 @@ FIXED_KEYS = (
     "optimizer",
     "schedule",
     "precision",
+    "parallel.float8",
     "seed",
 )
+
+#: Keys of those sections that decide nothing but when training gives up.
+FREE_KEYS = ("optimizer.max_nonfinite_steps",)
 
 
 def prepare_run(run: RunDirectory, inputs: Inputs, *, resume: bool) -> None:
@@ -86,6 +96,11 @@ def check_resumable(checkpoint: Path, state: TrainerState, inputs: Inputs) -> No
     Raises:
         CheckpointError: naming the first difference and the mend.
     """
+    if state.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint}: was written by an earlier version of blt-train, which read the data in another order: it "
+            "can be evaluated, exported and generated from, but not resumed; choose another run= to start anew"
+        )
     mend = "set it back to resume, or choose another run= to start anew"
     present = to_json(inputs.architecture)
     try:
@@ -98,21 +113,69 @@ def check_resumable(checkpoint: Path, state: TrainerState, inputs: Inputs) -> No
             f"{present['architecture']}: {mend}"
         )
     _refuse_difference(checkpoint, "model: ", _flat(saved), _flat(present), mend)
-    fingerprint = inputs.directory.manifest.fingerprint()
-    if state.data["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{checkpoint}: was trained on other data than {inputs.directory.path} (fingerprint "
-            f"{state.data['fingerprint'][:12]}, here {fingerprint[:12]}): name the data that it was trained on, or "
-            "choose another run= to start anew"
-        )
+    _refuse_other_data(checkpoint, state, inputs)
     fixed = [
         {key: value for key, value in _flat(config).items() if _is_fixed(key)}
-        for config in (state.config, config_to_mapping(inputs.config))
+        for config in (_with_defaults(state.config), config_to_mapping(inputs.config))
     ]
     _refuse_difference(checkpoint, "", fixed[0], fixed[1], mend)
 
 
-def load_for_resume(checkpoint: Path, inputs: Inputs, runtime: Runtime) -> tuple[Model, int]:
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a saved config with the keys that are new since it was saved, at the defaults that keep what was done."""
+    try:
+        return config_to_mapping(config_from_mapping(config))
+    except ConfigError:
+        # It holds what is no key any more; the comparison tells whether that matters.
+        return config
+
+
+def _refuse_other_data(checkpoint: Path, state: TrainerState, inputs: Inputs) -> None:
+    """Raise the error that says in what the data differs from that of the checkpoint, if it does."""
+    mend = "name the data that it was trained on, or choose another run= to start anew"
+    saved, present = state.data, inputs.data_state()
+    if saved["kind"] != present["kind"]:
+        raise CheckpointError(
+            f"{checkpoint}: was trained on {saved['kind']} shards, here they are {present['kind']} shards: {mend}"
+        )
+    if saved["sources"].keys() != present["sources"].keys():
+        names = [", ".join(sorted(data["sources"])) for data in (saved, present)]
+        raise CheckpointError(f"{checkpoint}: was trained on the sources {names[0]}, here they are {names[1]}: {mend}")
+    for name, source in present["sources"].items():
+        before = saved["sources"][name]
+        where = inputs.sources[name].groups.directory.path
+        for key in ("scheme", "entropy_model"):
+            values = [item["provenance"].get(key) for item in (before, source)]
+            if values[0] != values[1]:
+                raise CheckpointError(
+                    f"{checkpoint}: was trained on other data than {where}, of {_words(key)} {_short(values[0])} "
+                    f"where here it is {_short(values[1])}: {mend}"
+                )
+        if before["fingerprint"] != source["fingerprint"]:
+            raise CheckpointError(
+                f"{checkpoint}: was trained on other data than {where} (fingerprint {before['fingerprint'][:12]}, here "
+                f"{source['fingerprint'][:12]}): {mend}"
+            )
+        for key in sorted({*before, *source} - {"fingerprint", "provenance"}):
+            if before.get(key) != source.get(key):
+                raise CheckpointError(
+                    f"{checkpoint}: was trained with the {_words(key)} {before.get(key)} of the source {name}, here it "
+                    f"is {source.get(key)}: set it back to resume, or choose another run= to start anew"
+                )
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _short(value: object) -> str:
+    """Return a part of a provenance for a message."""
+    if isinstance(value, Mapping) and isinstance(value.get("fingerprint"), str):
+        return str(value["fingerprint"])[:12]
+    return json.dumps(value)
+
+
+def load_for_resume(checkpoint: Path, inputs: Inputs, runtime: Runtime) -> tuple[Model, TrainerState]:
     """Load a checkpoint's model, each rank the rows that it holds.
 
     Args:
@@ -121,19 +184,14 @@ def load_for_resume(checkpoint: Path, inputs: Inputs, runtime: Runtime) -> tuple
         runtime: this process's place.
 
     Returns:
-        The model, ready to train, and the number of steps it has been trained for.
+        The model, ready to train, and the rest of the trainer's state.
 
     Raises:
         CheckpointError: the weights are damaged.
     """
     model, _ = empty_model(inputs.architecture, inputs.config, runtime.device, runtime.mesh)
-    try:
-        weights = SectionReader(checkpoint, WEIGHTS_SECTION)
-        for name, parameter in model.named_parameters():
-            weights.read_rows(name, rows_of(parameter).first, local_rows(parameter.detach()))
-    except ModelError as error:
-        raise CheckpointError(f"{checkpoint}: cannot be resumed: {error}") from error
-    return model, read_trainer_state(checkpoint).step
+    load_section(checkpoint, Section.MODEL, model.state_dict())
+    return model, read_trainer_state(checkpoint)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -144,7 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_fixed(key: str) -> bool:
-    return any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED_KEYS)
+    return key not in FREE_KEYS and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED_KEYS)
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

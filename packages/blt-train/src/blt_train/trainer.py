@@ -6,17 +6,23 @@ What one step does is in `step`, where metrics go in `reporting`.
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from blt_train.batches import MicroBatch
-from blt_train.checkpoint import Model, RunDirectory, TrainerState, load_optimizer, package_versions
+from blt_train.checkpoint import (
+    Model,
+    RunDirectory,
+    Saver,
+    Section,
+    TrainerState,
+    load_optimizer,
+    load_section,
+    optimizer_tensors,
+    package_versions,
+)
 from blt_train.config import TrainConfig
 from blt_train.config_parsing import config_to_mapping
 from blt_train.errors import TrainingError
@@ -29,14 +35,15 @@ from blt_train.metrics import (
     StepMetrics,
     read_metrics,
 )
+from blt_train.nonfinite import NonfiniteSteps
 from blt_train.optim import make_optimizer
 from blt_train.parallel.building import new_model
+from blt_train.parallel.sharding import free_gathered
 from blt_train.reporting import OnProgress, Reporter, step_metrics
 from blt_train.resume import load_for_resume, prepare_run
 from blt_train.runtime import Runtime, open_runtime
 from blt_train.step import StepOutcome, TrainStep
-
-log = logging.getLogger(__name__)
+from blt_train.stopping import StopRequest, stop_on_signals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +60,10 @@ class TrainResult:
     """Optimizer steps done."""
 
     is_finished: bool
-    """Whether all steps are done; False after SIGTERM."""
+    """Whether all steps are done; False after SIGTERM and SIGUSR1."""
+
+    exit_status: int
+    """What the process should exit with: 0, or what says which signal stopped it (`errors.EXIT_SIGTERM` and so on)."""
 
     steps: tuple[StepMetrics, ...]
     """Metrics of every step of the run, also of earlier launches."""
@@ -86,8 +96,9 @@ def train(config: TrainConfig, *, resume: bool = True, on_progress: OnProgress |
         CheckpointError: the run's checkpoint is of another model, other data or another config, or is damaged.
         TrainingError: the loss or gradient is no longer finite.
         InputError: data is missing or damaged.
+        StoppedEarly: SIGTERM or SIGUSR1 came before the first step; it is a SystemExit.
     """
-    with open_runtime(config) as runtime:
+    with stop_on_signals() as stop, open_runtime(config) as runtime:
         check_launch(config, runtime.world_size)
         inputs = open_inputs(config, verify=runtime.is_main)
         run = RunDirectory(config.run)
@@ -96,49 +107,60 @@ def train(config: TrainConfig, *, resume: bool = True, on_progress: OnProgress |
                 stack.enter_context(run.lock())
                 prepare_run(run, inputs, resume=resume)
             runtime.barrier()
-            trainer = Trainer(inputs, runtime, run)
+            trainer = Trainer(inputs, runtime, run, stop)
             return trainer.run(on_progress)
 
 
 class Trainer:
     """A run in progress: model, optimizer, data and the loop over them."""
 
-    def __init__(self, inputs: Inputs, runtime: Runtime, run: RunDirectory) -> None:
+    def __init__(self, inputs: Inputs, runtime: Runtime, run: RunDirectory, stop: StopRequest) -> None:
         """Build everything, on the latest checkpoint if the run has one.
 
         Args:
             inputs: opened and checked.
             runtime: this process's place.
             run: prepared by the first rank.
+            stop: what signals ask of this process.
         """
         config = inputs.config
         self.inputs, self.runtime, self.config = inputs, runtime, config
-        self._run = run
+        self._run, self._stop = run, stop
         checkpoint = run.latest()
         if checkpoint is None:
             self.model: Model = new_model(inputs.architecture, config, runtime.device, runtime.mesh)
             self.step = 0
+            self._nonfinite = NonfiniteSteps()
         else:
-            self.model, self.step = load_for_resume(checkpoint, inputs, runtime)
+            self.model, state = load_for_resume(checkpoint, inputs, runtime)
+            self.step = state.step
+            self._nonfinite = NonfiniteSteps(total=state.nonfinite_steps, in_row=state.nonfinite_in_row)
         self.model.train()
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._step = TrainStep(self.model, self.optimizer, config, runtime)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.model, self.optimizer)
-        self._step = TrainStep(self.model, self.optimizer, config, runtime)
+            if self._step.average is not None:
+                # Filled in place: there is no room for a second copy of a large model.
+                load_section(checkpoint, Section.EMA, self._step.average.tensors)
         self._stream = inputs.open_stream(run.path)
         self._saved_step = self.step if checkpoint is not None else -1
 
     def run(self, on_progress: OnProgress | None) -> TrainResult:
-        """Train up to the last step, or to the step at which SIGTERM arrives.
+        """Train up to the last step, or to the step at which a signal asks for a stop.
 
         Args:
             on_progress: called on the first rank with all metrics.
         """
+        status = 0
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(stop_on_sigterm())
             writer = stack.enter_context(MetricsWriter(self._run.path)) if self.runtime.is_main else None
+            report = Reporter(writer, on_progress=on_progress)
+            saver = stack.enter_context(Saver(self._run, self.runtime, self.config.checkpoint))
+            if self._lacks_evaluation():
+                self._evaluate(report)
             if self.step < self.config.schedule.total_steps:
-                self._loop(stop, Reporter(writer, on_progress=on_progress))
+                status = self._loop(report, saver)
         steps, evaluations = read_metrics(self._run.path)
         checkpoint = self._run.latest()
         if checkpoint is None:
@@ -148,15 +170,14 @@ class Trainer:
             checkpoint=checkpoint,
             step=self.step,
             is_finished=self.step == self.config.schedule.total_steps,
+            exit_status=status,
             steps=steps,
             evaluations=evaluations,
         )
 
-    def _loop(self, stop: threading.Event, report: Reporter) -> None:
-        """Run all remaining steps, with evaluations and checkpoints when they are due."""
+    def _loop(self, report: Reporter, saver: Saver) -> int:
+        """Run all remaining steps, with evaluations and checkpoints when they are due; return the exit status."""
         config, total = self.config, self.config.schedule.total_steps
-        if self.step == 0:
-            self._evaluate(report)
         loader = Loader(
             self._stream,
             self._slice(),
@@ -167,21 +188,21 @@ class Trainer:
             pin=self.runtime.device.type == "cuda",
             static_shapes=config.compile,
         )
+        status = 0
         with loader:
             batches = iter(loader)
             started = time.perf_counter()
-            while self.step < total:
-                metrics, stopping = self._train_step(batches, started, stop)
+            while self.step < total and not status:
+                metrics, status = self._train_step(batches, started, saver)
                 report(metrics)
-                every = config.evaluation.every
-                if self.step == total or (every is not None and self.step % every == 0):
-                    self._evaluate(report)
-                if stopping or self.step == total or self.step % config.checkpoint.every == 0:
+                if self._is_evaluation_due() and not status:
+                    status = self._evaluate(report)
+                if status or self.step == total or self.step % config.checkpoint.every == 0:
                     report.sync()
-                    self._save()
-                if stopping:
-                    return
+                    self._save(saver)
                 started = time.perf_counter()
+        # All done, whatever was asked for at the end.
+        return status if self.step < total or self._lacks_evaluation() else 0
 
     def _slice(self) -> Slice:
         """Return this rank's part of each batch."""
@@ -192,38 +213,63 @@ class Trainer:
             world_size=self.runtime.world_size,
         )
 
-    def _train_step(
-        self, batches: Iterator[MicroBatch], started: float, stop: threading.Event
-    ) -> tuple[StepMetrics, bool]:
-        """Run one optimizer step; return its metrics and whether any rank was asked to stop."""
+    def _train_step(self, batches: Iterator[MicroBatch], started: float, saver: Saver) -> tuple[StepMetrics, int]:
+        """Run one optimizer step; return its metrics, and the exit status that all ranks agree on, 0 to go on."""
         per_step = self.config.batch.sequences_per_step
         figures = self._stream.figures(self.step * per_step, per_step)
-        outcome = self._step.run(batches, figures, step=self.step + 1, votes=[float(stop.is_set())])
-        self._check_finite(outcome)
+        votes = (*self._stop.votes, float(saver.has_failed))
+        outcome = self._step.run(batches, figures, step=self.step + 1, votes=votes)
+        self._stop.nothing_to_lose = False
+        *asked, failures = outcome.votes
+        if failures:
+            saver.wait()
+        self._count_nonfinite(outcome)
         self.step += 1
         seconds = time.perf_counter() - started
         metrics = step_metrics(
-            outcome, figures, step=self.step, seconds=seconds, runtime=self.runtime, inputs=self.inputs
+            outcome,
+            figures,
+            step=self.step,
+            nonfinite_steps=self._nonfinite.total,
+            seconds=seconds,
+            saved=saver.take_figures(),
+            runtime=self.runtime,
+            inputs=self.inputs,
         )
-        return metrics, outcome.votes[0] > 0
+        return metrics, StopRequest.agreed(asked)
 
-    def _check_finite(self, outcome: StepOutcome) -> None:
-        """End a run whose update would have been broken; every rank sees the same sums, so all end."""
-        if outcome.broken is None:
+    def _count_nonfinite(self, outcome: StepOutcome) -> None:
+        """Count a step whose update was left out, and end the run after too many; every rank sees the same sums."""
+        self._nonfinite = self._nonfinite.after(is_broken=outcome.broken is not None)
+        if self._nonfinite.in_row < self.config.optimizer.max_nonfinite_steps:
             return
         latest = self._run.latest()
         kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
+        steps = "1 step" if self._nonfinite.in_row == 1 else f"{self._nonfinite.in_row} steps in a row"
         raise TrainingError(
-            f"the {outcome.broken} is not finite at step {self.step + 1}, so training stops before that update; "
-            f"{kept}: lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision=float32"
+            f"the {outcome.broken} was not finite in {steps}, the last of them step {self.step + 1}, so training stops "
+            f"({kept}): lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision=float32"
         )
 
-    def _evaluate(self, report: Reporter) -> None:
-        """Evaluate on the held-out documents, if the run has any, and report it."""
+    def _is_evaluation_due(self) -> bool:
+        """Whether the present step is one of those that are evaluated."""
+        every = self.config.evaluation.every
+        is_end = self.step in (0, self.config.schedule.total_steps)
+        return is_end or (every is not None and self.step % every == 0)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the present step's evaluation is due and was not done, as where a signal interrupted it."""
+        if not self.inputs.holdouts or not self._is_evaluation_due():
+            return False
+        is_there = self.runtime.is_main and any(item.step == self.step for item in read_metrics(self._run.path)[1])
+        return self.runtime.sum([float(is_there)])[0] == 0
+
+    def _evaluate(self, report: Reporter) -> int:
+        """Evaluate on the held-out documents, if the run has any, and report it; return the exit status, 0 to go on."""
         # One is evaluated for now; the first is that of a single directory.
         holdout = next(iter(self.inputs.holdouts.values()), None)
         if holdout is None:
-            return
+            return 0
         started = time.perf_counter()
         result: Evaluation = evaluate_model(
             self.model,
@@ -245,50 +291,33 @@ class Trainer:
                 holdout_seconds=time.perf_counter() - started,
             )
         )
+        return 0
 
-    def _save(self) -> None:
-        """Write a checkpoint of the present step, on the first rank; all ranks go on when it is durable."""
+    def _save(self, saver: Saver) -> None:
+        """Begin to write a checkpoint of the present step, unless there is one."""
         if self.step == self._saved_step:
             return
-        manifest = self.inputs.directory.manifest
-        state = TrainerState(
-            step=self.step,
-            config=config_to_mapping(self.config),
-            data={
-                "fingerprint": manifest.fingerprint(),
-                "kind": str(manifest.kind),
-                "provenance": dict(manifest.provenance),
-            },
-            entropy_model=self.inputs.entropy_fingerprint,
-            packages=package_versions(),
-        )
         if self.runtime.is_main:
             self._stream.save_counts(self._run.path)
-        keep_last = self.config.checkpoint.keep_last
-        directory = self._run.save(self.model, self.optimizer, state, keep_last, is_main=self.runtime.is_main)
-        if self.runtime.is_main:
-            log.info("checkpoint %s", directory)
-        self.runtime.barrier()
+        free_gathered(self.model)
+        sections = {
+            Section.MODEL: self.model.state_dict(),
+            Section.OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+        }
+        if self._step.average is not None:
+            sections[Section.EMA] = self._step.average.tensors
+        saver.save(sections, self._state(), self.inputs.architecture)
         self._saved_step = self.step
 
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """While the block runs, let SIGTERM set an event rather than end the process.
-
-    Yields:
-        The event. Outside the main thread, where Python allows no handlers, nothing sets it.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        event.set()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def _state(self) -> TrainerState:
+        """Return what a checkpoint of the present step says besides tensors."""
+        return TrainerState(
+            step=self.step,
+            config=config_to_mapping(self.config),
+            data=self.inputs.data_state(),
+            entropy_model=self.inputs.entropy_fingerprint,
+            packages=package_versions(),
+            processes=self.runtime.world_size,
+            nonfinite_steps=self._nonfinite.total,
+            nonfinite_in_row=self._nonfinite.in_row,
+        )

@@ -1,0 +1,96 @@
+"""Signals that ask a run to stop: SIGTERM ends it for good, SIGUSR1 until the scheduler starts it again.
+
+A run that has taken a step finishes the step that it is at, writes a checkpoint and exits with a status that says so.
+Until the end of its first step nothing would be lost: it exits at once, however long compiling the model may take.
+Since not every process of a job gets a signal at the same moment, each gives what it was asked for as votes, which are
+summed with the loss, and all stop at the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM
+
+#: A second SIGTERM within so many seconds may be the same request: a scheduler signals every process of a job, and the
+#: launcher passes on what it got.
+SAME_REQUEST_SECONDS = 5.0
+
+
+class StoppedEarly(SystemExit):
+    """The run was asked to stop before it had anything to lose; carries the exit status."""
+
+
+class StopRequest:
+    """What this process was asked for, and what all processes of the job have agreed on."""
+
+    def __init__(self) -> None:
+        """Nothing was asked for yet, and nothing would be lost."""
+        self.nothing_to_lose = True
+        """Whether a signal may end the process at once: no step has been taken since the start or the checkpoint."""
+        self._asked = 0
+        self._asked_at = 0.0
+
+    @property
+    def votes(self) -> tuple[float, float]:
+        """What this process gives to the sums over all: one for SIGTERM, one for SIGUSR1."""
+        return float(self._asked == EXIT_SIGTERM), float(self._asked == EXIT_REQUEUE)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._asked != 0
+
+    @staticmethod
+    def agreed(sums: Sequence[float]) -> int:
+        """Return the exit status that all processes have agreed on; 0 to go on.
+
+        Args:
+            sums: of all processes' votes.
+        """
+        terminations, requeues = sums
+        # Who asks for a checkpoint in order to go on later means to go on, whatever else the job is sent.
+        return EXIT_REQUEUE if requeues else EXIT_SIGTERM if terminations else 0
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Take a signal in.
+
+        Args:
+            number: SIGTERM or SIGUSR1.
+        """
+        status = EXIT_REQUEUE if number == signal.SIGUSR1 else EXIT_SIGTERM
+        now = time.monotonic()
+        is_repeated = self._asked == EXIT_SIGTERM and now - self._asked_at > SAME_REQUEST_SECONDS
+        if is_repeated and number == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not self._asked:
+            self._asked, self._asked_at = status, now
+        if self.nothing_to_lose:
+            raise StoppedEarly(status)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While the block runs, let SIGTERM and SIGUSR1 ask for a stop rather than end the process.
+
+    Yields:
+        The request. Outside the main thread, where Python allows no handlers, nothing makes one.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, request.handle) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
