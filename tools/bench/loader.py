@@ -3,9 +3,9 @@
     uv run python -m tools.bench.loader [--megabytes 64] [--tokens 8192] [--sequences 8] [--repeats 3]
 
 The text is the running Python's standard library, cut into documents as long as those of FineWeb-Edu (log-normal, 5 kB
-on average, half of them below 3 kB), patched where random entropies are high, 4.5 bytes on average. Both sides read the same documents with the same patches from
-files in the page cache, pack them into sequences of the same tokens, cut at patch boundaries, and make batches of the
-same number of sequences; by turns, on one core:
+on average, half of them below 3 kB), patched where random entropies are high, 4.5 bytes on average. Both sides read the
+same documents with the same patches from files in the page cache, pack them into sequences of the same tokens, cut at
+patch boundaries, and make batches of the same number of sequences; by turns, on one core:
 
 - lists: the way of most data loaders. A line of JSON is parsed; its text becomes a list of token ids, patch by patch
   these go into a list that is the sequence, full sequences are padded and become tensors of ids and targets, and of
@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -101,7 +102,7 @@ def write_corpus(folder: Path, num_bytes: int) -> Corpus:
             file.write(json.dumps({"text": content.decode(), "patch_lengths": row.tolist()}, ensure_ascii=False) + "\n")
     ends = np.cumsum([len(content) for content in documents])
     cuts = [0, *np.searchsorted(ends, np.arange(SHARD_BYTES, ends[-1], SHARD_BYTES)).tolist(), len(documents)]
-    provenance = {"scheme": scheme_to_json(scheme)}
+    provenance: dict[str, Any] = {"scheme": scheme_to_json(scheme)}
     entries = [
         write_shard(
             shards / f"shard-{index:05d}.arrow",

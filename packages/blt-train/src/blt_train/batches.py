@@ -43,13 +43,13 @@ class _Tensors:
     def __init__(self, capacity: Capacity, num_sequences: int, *, pin: bool) -> None:
         size = num_sequences * capacity.tokens
         # In units of int64: what has int32 takes half of them.
-        sizes = (
+        sizes = [
             size,
             size,
             size if capacity.patches else 0,
             (num_sequences * capacity.documents + 2) // 2,
             (num_sequences * capacity.patches + 2) // 2,
-        )
+        ]
         memory = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pin)
         self.tokens, self.targets, self.decoder_patch, documents, patches = torch.split(memory, sizes)
         self.document_offsets = documents.view(torch.int32)[: num_sequences * capacity.documents + 1]
