@@ -16,7 +16,7 @@ from blt_data.console import ByteSize, format_bytes, friendly_errors, print_tabl
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.display import TrainingDisplay
-from blt_train.errors import EXIT_SIGTERM, ConfigError
+from blt_train.errors import EXIT_REQUEUE, ConfigError
 from blt_train.exchange_commands import export_command, import_command
 from blt_train.generate_command import generate_command
 from blt_train.launch.options import (
@@ -119,18 +119,28 @@ def launch_command(
 
 def _train(config: TrainConfig, resume: bool) -> None:
     """Train in this process, showing progress, and print the summary on the first rank."""
+    from blt_train.stopping import StoppedEarly
     from blt_train.trainer import train
 
     rank_is_shown = not is_rank() or _is_first_rank()
-    if not rank_is_shown:
-        result = train(config, resume=resume)
-    else:
-        with TrainingDisplay(f"training {config.run}", config.schedule.total_steps) as display:
-            result = train(config, resume=resume, on_progress=display)
-        _print_summary(result)
-    if not result.is_finished:
-        click.echo(f"stopped by SIGTERM after step {result.step}; run the same command again to go on", err=True)
-        sys.exit(EXIT_SIGTERM)
+    try:
+        if not rank_is_shown:
+            result = train(config, resume=resume)
+        else:
+            with TrainingDisplay(f"training {config.run}", config.schedule.total_steps) as display:
+                result = train(config, resume=resume, on_progress=display)
+            _print_summary(result)
+    except StoppedEarly as stopped:
+        _tell_stop(stopped.status, "before its first step")
+        raise
+    if result.exit_status:
+        _tell_stop(result.exit_status, f"after step {result.step}")
+        sys.exit(result.exit_status)
+
+
+def _tell_stop(status: int, when: str) -> None:
+    name = "SIGUSR1" if status == EXIT_REQUEUE else "SIGTERM"
+    click.echo(f"stopped by {name} {when}; run the same command again to go on", err=True)
 
 
 def _is_first_rank() -> bool:

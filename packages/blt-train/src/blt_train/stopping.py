@@ -24,7 +24,16 @@ SAME_REQUEST_SECONDS = 5.0
 
 
 class StoppedEarly(SystemExit):
-    """The run was asked to stop before it had anything to lose; carries the exit status."""
+    """The run was asked to stop before it had anything to lose."""
+
+    def __init__(self, status: int) -> None:
+        """Take the exit status.
+
+        Args:
+            status: `errors.EXIT_SIGTERM` or `errors.EXIT_REQUEUE`.
+        """
+        super().__init__(status)
+        self.status = status
 
 
 class StopRequest:
