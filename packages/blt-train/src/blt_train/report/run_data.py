@@ -123,6 +123,7 @@ def read_run(path: Path) -> RunData:
     config = _read_config(config_path, notes)
     reader = _MetricsReader()
     reader.read(metrics, notes)
+    samples = _read_samples(path / SAMPLES_NAME, notes)
     return RunData(
         path=path,
         state=_state(metrics, config, reader.steps),
@@ -132,7 +133,7 @@ def read_run(path: Path) -> RunData:
         series=reader.thinner.result(),
         source_bytes=reader.source_bytes,
         evaluations=tuple(reader.evaluations.items()),
-        samples=_read_samples(path / SAMPLES_NAME, notes),
+        samples=samples,
     )
 
 
