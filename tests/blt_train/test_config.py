@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from blt_train import ConfigError, TrainConfig, config, load_config, packaged_configs
-from blt_train.config_parsing import config_from_mapping, config_to_yaml, known_keys
+from blt_train.config_files import known_keys
+from blt_train.config_parsing import config_from_mapping, config_to_yaml
 from blt_train.inputs import architecture_of_config
 
 SMALL: dict[str, Any] = {"run": "r", "model": {"preset": "entropy-debug"}, "data": {"train": "d"}}
@@ -108,9 +109,20 @@ def test_files_that_are_no_config(data: bytes, message: str, tmp_path: Path) -> 
     assert "broken.yaml" in str(caught.value)
 
 
-def test_missing_file_names_the_packaged_configs() -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file.*debug-blt"):
-        load_config("nowhere.yaml")
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("nowhere.yaml", "no such config file, nor one of the package's configs (blt-train configs lists them)"),
+        ("debug-bltt", "did you mean debug-blt?"),
+        ("blt-1b", "did you mean blt-1b-dclm-h100x"),
+        ("debug blt", "did you mean debug-blt"),
+    ],
+)
+def test_missing_file_names_the_packaged_configs(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(name)
+    assert str(caught.value).startswith(f"{name}: no such config file")
+    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

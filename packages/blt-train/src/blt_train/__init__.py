@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         ScheduleConfig,
         TrainConfig,
     )
-    from blt_train.config_parsing import config_from_mapping, load_config, packaged_configs
+    from blt_train.config_files import packaged_configs
+    from blt_train.config_parsing import config_from_mapping, load_config
     from blt_train.errors import CheckpointError, ConfigError, TrainingError
     from blt_train.evaluation import Evaluation, evaluate
     from blt_train.generation import generate
@@ -67,7 +68,8 @@ _HOMES = {
         "ScheduleConfig",
         "TrainConfig",
     ),
-    "config_parsing": ("config_from_mapping", "load_config", "packaged_configs"),
+    "config_files": ("packaged_configs",),
+    "config_parsing": ("config_from_mapping", "load_config"),
     "errors": ("CheckpointError", "ConfigError", "TrainingError"),
     "evaluation": ("Evaluation", "evaluate"),
     "generation": ("generate",),

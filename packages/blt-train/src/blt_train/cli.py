@@ -5,6 +5,7 @@ What needs torch is imported by the command that needs it, so that `--help` and 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from blt_train.launch.options import (
 )
 from blt_train.launch.parameters import ProcessCount
 from blt_train.launch.rank import is_rank, is_restarted, run_as_rank
+from blt_train.planning.command import configs_command, plan_command
 from blt_train.quickstart.command import quickstart_command
 from blt_train.report_command import report_command
 from blt_train.slurm_command import slurm_command
@@ -98,16 +100,18 @@ def launch_command(
         return
     if nodes > 1 and node_rank is None:
         raise ConfigError(f"--nnodes {nodes} needs --node-rank: 0 on the node of --rdzv-endpoint, then 1 and so on")
-    loaded = load_config(config, overrides)
-    from blt_train.launch.job import check_processes, count_devices, launch_processes
-
     options = LaunchOptions(
-        processes=count_devices(loaded) if processes is None else processes,
+        processes=1 if processes is None else processes,
         nodes=nodes,
         node_rank=node_rank or 0,
         endpoint=Endpoint.parse(endpoint) if endpoint is not None else None,
         **limits,
     )
+    loaded = load_config(config, overrides)
+    from blt_train.launch.job import check_processes, count_devices, launch_processes
+
+    if processes is None:
+        options = dataclasses.replace(options, processes=count_devices(loaded))
     check_processes(loaded, options)
     if options.world_size == 1:
         _train(loaded, resume)
@@ -213,9 +217,11 @@ def evaluate_command(
         )
 
 
+main.add_command(configs_command)
 main.add_command(export_command)
 main.add_command(generate_command)
 main.add_command(import_command)
+main.add_command(plan_command)
 main.add_command(quickstart_command)
 main.add_command(slurm_command)
 main.add_command(report_command)

@@ -1,7 +1,7 @@
 """The config of a training run: frozen dataclasses whose checks run on every way of making one.
 
-A YAML file has the same shape as `TrainConfig`: one key per field, one nested mapping per section. Reading it, the
-`key=value` overrides and the errors for unknown keys are in `config_parsing`.
+A YAML file has the same shape as `TrainConfig`: one key per field, one nested mapping per section. Reading files is in
+`config_files`, `key=value` overrides and types in `config_parsing`.
 """
 
 from __future__ import annotations
@@ -459,7 +459,7 @@ class PlanConfig:
     gpus: int = 1
     """Number of GPUs."""
 
-    mfu: float = 0.4
+    mfu: float = 0.35
     """Model FLOP utilisation: share of the GPUs' peak that goes into the model's own arithmetic."""
 
     patch_length: float = 4.5

@@ -1,4 +1,4 @@
-"""YAML and `key=value` overrides to a strict `TrainConfig`, and back.
+"""Nested mappings and `key=value` overrides to a strict `TrainConfig`, and back to YAML.
 
 Unknown keys and wrong types are errors that name the file, the key and the nearest known key. An override's value is
 read as YAML, so `seed=3`, `data.holdout=null` and `model.overrides.layers=2` have the types one expects.
@@ -7,19 +7,17 @@ read as YAML, so `seed=3`, `data.holdout=null` and `model.overrides.layers=2` ha
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from blt_train.config import TrainConfig
+from blt_train.config_files import read_config_mapping, unknown_key
 from blt_train.errors import ConfigError
 
 _ORIGIN_OVERRIDES = "the overrides"
@@ -38,14 +36,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: the file is missing or no mapping, or a key or value is wrong; the message names file and key.
     """
-    text, name = _read(path)
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Besides what the parser refuses: whole numbers of thousands of digits, dates that are none, endless nesting.
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{name} must be a mapping of config keys, not {type(content).__name__}")
+    content, name = read_config_mapping(path)
     for override in overrides:
         _apply_override(content, override)
     return config_from_mapping(content, where=name if not overrides else f"{name} with {_ORIGIN_OVERRIDES}")
@@ -81,28 +72,6 @@ def config_to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(config_to_mapping(config), sort_keys=False, allow_unicode=True)
 
 
-def packaged_configs() -> dict[str, str]:
-    """Return the configs that come with the package: name to YAML text."""
-    folder = resources.files("blt_train") / "configs"
-    files = sorted((item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
-    return {item.name.removesuffix(".yaml"): item.read_text(encoding="utf-8") for item in files}
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return a config's text and the name that errors use for it."""
-    file = Path(path)
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is no text in UTF-8 (byte {error.start + 1}); name a YAML file") from error
-    packaged = packaged_configs()
-    name = os.fspath(path)
-    if name in packaged:
-        return packaged[name], name
-    raise ConfigError(f"{name}: no such config file, nor one of the package's configs ({', '.join(packaged)})")
-
-
 def _apply_override(content: dict[str, Any], override: str) -> None:
     """Set one dotted `key=value` in nested dicts."""
     key, separator, text = override.partition("=")
@@ -133,7 +102,7 @@ def _build(cls: type, content: Any, *, prefix: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for key in content:
         if key not in fields:
-            raise ConfigError(_unknown_key(str(key), prefix, cls))
+            raise ConfigError(unknown_key(str(key), prefix, cls))
     missing = [
         name
         for name, item in fields.items()
@@ -142,31 +111,6 @@ def _build(cls: type, content: Any, *, prefix: str) -> Any:
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} is missing; give it in the file or as {prefix}{missing[0]}=VALUE")
     return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in content.items()})
-
-
-def _unknown_key(key: str, prefix: str, cls: type) -> str:
-    """Return the error text for an unknown key, with the nearest known one, wherever in the config it is."""
-    here = [item.name for item in dataclasses.fields(cls)]
-    nearest = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
-    if nearest:
-        return f"unknown key {prefix}{key}; did you mean {prefix}{nearest[0]}?"
-    paths = known_keys()
-    elsewhere = [path for path in paths if path.rsplit(".", 1)[-1] == key] or difflib.get_close_matches(
-        prefix + key, paths, n=1, cutoff=0
-    )
-    return f"unknown key {prefix}{key}; did you mean {elsewhere[0]}?"
-
-
-def known_keys(cls: type = TrainConfig, prefix: str = "") -> list[str]:
-    """Return the dotted names of all fields of a config class, sections left out."""
-    hints = typing.get_type_hints(cls)
-    keys: list[str] = []
-    for item in dataclasses.fields(cls):
-        inner = hints[item.name]
-        name = prefix + item.name
-        is_section = isinstance(inner, type) and dataclasses.is_dataclass(inner)
-        keys += known_keys(inner, name + ".") if is_section else [name]
-    return keys
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

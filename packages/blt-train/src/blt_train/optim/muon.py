@@ -82,12 +82,20 @@ class _Matrix:
 
     parameter: Tensor
     """This rank's rows."""
+    gradient: Tensor
+    """This rank's rows."""
     momentum: Tensor
-    """What is made orthogonal: this rank's rows."""
+    """This rank's rows, the gradient taken in."""
+    decay: float
+    """Of the momentum."""
     columns: int
     sections: tuple[int, ...]
     rows: Rows | None
     """Which rank has which rows; None for a whole matrix."""
+
+    def ahead(self) -> Tensor:
+        """Nesterov's momentum, one gradient ahead, in bfloat16: this rank's rows of what is made orthogonal."""
+        return self.gradient.lerp(self.momentum, self.decay).bfloat16()
 
 
 class Muon(torch.optim.Optimizer):
@@ -164,7 +172,9 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - decay)
         return _Matrix(
             parameter=local_part(parameter),
-            momentum=gradient.lerp(momentum, decay),
+            gradient=gradient,
+            momentum=momentum,
+            decay=decay,
             columns=parameter.shape[1],
             sections=sections,
             rows=rows_of(parameter),
@@ -175,7 +185,7 @@ def _directions(matrices: Sequence[_Matrix], iterations: int) -> Iterator[tuple[
     """Yield every matrix with this rank's rows of its update."""
     for matrix in matrices:
         if matrix.rows is None:
-            yield matrix, muon_direction(matrix.momentum, matrix.sections, iterations)
+            yield matrix, muon_direction(matrix.ahead(), matrix.sections, iterations)
     # Those of a round should be of one size, or ranks wait for the one that has the largest.
     sharded = [matrix for matrix in matrices if matrix.rows is not None]
     sharded.sort(key=lambda matrix: sum(matrix.sections) * matrix.columns, reverse=True)
@@ -199,7 +209,7 @@ def _round(matrices: Sequence[_Matrix], iterations: int) -> Iterator[tuple[_Matr
     absent = [0] * (len(layout.counts) - len(matrices))
     there = [share[layout.rank] for share in shares] + absent
     here = shares[layout.rank] if own is not None else [0] * len(layout.counts)
-    sent = torch.cat([matrix.momentum.bfloat16().flatten() for matrix in matrices])
+    sent = torch.cat([matrix.ahead().flatten() for matrix in matrices])
     whole = _exchange(sent, there, here, layout)
     if own is not None:
         whole = muon_direction(whole.view(-1, own.columns), own.sections, iterations).flatten()

@@ -1,0 +1,1 @@
+"""What a run takes, from its config alone: parameters, arithmetic, memory, time."""

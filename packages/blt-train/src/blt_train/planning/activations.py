@@ -1,0 +1,188 @@
+"""What a forward pass keeps for its backward pass, in bytes, by part, from the architecture alone.
+
+The formulas follow the model's code tensor by tensor, as eager execution has them: what each operation saves, counted
+once where two share it. A test holds them to the bytes that real forward passes leave alive, on the CPU and, with
+tensors without content, on the path that CUDA takes. Compiled blocks keep less; they are counted as eager, so that the
+figure is an upper bound.
+
+Under autocast the byte streams stay float32, since they begin as rows of the embedding, and norms read float32; results
+of matrix products have the compute dtype, and the patches' stream too.
+
+Legend: T positions (tokens, or patches for the latent transformer), d width, f inner width of SwiGLU, H heads, E head
+width, K vectors of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blt_model import BLTConfig, ByteLMConfig
+from blt_model import ModelConfig as ArchitectureConfig
+from blt_model.config import Placement, Pooling, TransformerConfig
+from blt_model.vocabulary import VOCABULARY_SIZE
+from blt_train.config import ActivationCheckpointing
+
+_FLOAT32 = 4
+_INT64 = 8
+#: Names of the parts, in the order of the forward pass.
+PARTS = (
+    "embedding",
+    "encoder",
+    "encoder_cross_attention",
+    "latent",
+    "decoder",
+    "decoder_cross_attention",
+    "transformer",
+    "logits",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationModel:
+    """How a model computes, as far as its memory depends on it."""
+
+    architecture: ArchitectureConfig
+    """Of either model."""
+
+    compute_bytes: int
+    """Bytes of a number in matrix products: 2 for bfloat16, 4 for float32."""
+
+    is_cpu: bool
+    """The CPU's own norms, gates and attention keep less than what autograd asks for elsewhere."""
+
+    def held(self, mode: ActivationCheckpointing, *, tokens: int, patches: int) -> dict[str, int]:
+        """Return the bytes that one forward pass leaves for its backward pass, by part.
+
+        Args:
+            mode: what blocks recompute.
+            tokens: of the micro batch, padding included.
+            patches: of the micro batch, empty ones included; not read for the byte LM.
+        """
+        if isinstance(self.architecture, ByteLMConfig):
+            return self._held_by_byte_lm(self.architecture, mode, tokens)
+        return self._held_by_blt(self.architecture, mode, tokens, patches)
+
+    def largest_block(self, *, tokens: int, patches: int) -> int:
+        """Return the bytes that one block keeps where nothing is recomputed, of the block that keeps most.
+
+        Args:
+            tokens: of the micro batch.
+            patches: of the micro batch.
+        """
+        return max(
+            self._block(stack, ActivationCheckpointing.NONE, stream) * (patches if is_latent else tokens)
+            for stack, stream, is_latent in self._stacks()
+        )
+
+    def backward_workspace(self, *, tokens: int, patches: int) -> int:
+        """Return roughly the bytes of gradients of activations that live at once in one block's backward pass.
+
+        Args:
+            tokens: of the micro batch.
+            patches: of the micro batch.
+        """
+        return max(
+            (3 * self.compute_bytes * stack.feed_forward_dim + 2 * _FLOAT32 * stack.dim)
+            * (patches if is_latent else tokens)
+            for stack, _, is_latent in self._stacks()
+        )
+
+    def _stacks(self) -> Iterator[tuple[TransformerConfig, int, bool]]:
+        """Yield every stack, the bytes of a number in its residual stream, and whether its positions are patches."""
+        if isinstance(self.architecture, ByteLMConfig):
+            yield self.architecture.transformer, _FLOAT32, False
+            return
+        yield self.architecture.encoder, _FLOAT32, False
+        yield self.architecture.latent, self.compute_bytes, True
+        yield self.architecture.decoder, _FLOAT32, False
+
+    def _block(self, stack: TransformerConfig, mode: ActivationCheckpointing, stream: int) -> int:
+        """Bytes per position that one block keeps, its input included."""
+        if mode is ActivationCheckpointing.FULL:
+            return stream * stack.dim
+        width, compute = stack.dim, self.compute_bytes
+        kv_width, inner = stack.kv_heads * stack.head_dim, stack.feed_forward_dim
+        qkv, mixed, gates = compute * (width + 2 * kv_width), compute * width, compute * 2 * inner
+        log_sums = _FLOAT32 * stack.num_heads
+        if mode is ActivationCheckpointing.SELECTIVE:
+            attention = mixed + log_sums
+            # Of the four matrix products the last is not kept, nor the first on the CPU, which rotates it in place.
+            products = (0 if self.is_cpu else qkv) + mixed + gates
+            return stream * width + attention + products
+        norms = 2 * (_FLOAT32 * width + _FLOAT32 + compute * width)
+        rotated = 0 if self.is_cpu else compute * (width + kv_width)
+        silu = 0 if self.is_cpu else compute * inner
+        return norms + qkv + rotated + mixed + log_sums + gates + silu + compute * inner
+
+    def _stack(self, stack: TransformerConfig, mode: ActivationCheckpointing, stream: int) -> int:
+        """Bytes per position of all blocks."""
+        return stack.num_layers * self._block(stack, mode, stream)
+
+    def _rotary(self, stack: TransformerConfig, mode: ActivationCheckpointing) -> int:
+        """Bytes per position of cosines and sines; on the CPU as complex numbers, and both where it is recomputed."""
+        both = self.is_cpu and mode is not ActivationCheckpointing.NONE
+        return _FLOAT32 * stack.head_dim * (2 if both else 1)
+
+    def _head(self, width: int) -> int:
+        """Bytes per token of the last norm, the logits and their gradient, which is made in the forward pass."""
+        norm = _FLOAT32 * width + _FLOAT32 + self.compute_bytes * width
+        return norm + 2 * self.compute_bytes * VOCABULARY_SIZE
+
+    def _held_by_byte_lm(self, config: ByteLMConfig, mode: ActivationCheckpointing, tokens: int) -> dict[str, int]:
+        stack = config.transformer
+        return {
+            "transformer": tokens * (self._stack(stack, mode, _FLOAT32) + self._rotary(stack, mode)),
+            "logits": tokens * self._head(stack.dim),
+        }
+
+    def _held_by_blt(
+        self, config: BLTConfig, mode: ActivationCheckpointing, tokens: int, patches: int
+    ) -> dict[str, int]:
+        hashes = 2 * _INT64 * config.hash_embedding.num_tables if config.hash_embedding.ngram_sizes else 0
+        shares_layout = (config.encoder.window, config.encoder.rope_theta, config.encoder.head_dim) == (
+            config.decoder.window,
+            config.decoder.rope_theta,
+            config.decoder.head_dim,
+        )
+        latent = self._stack(config.latent, mode, self.compute_bytes) + self._rotary(config.latent, mode)
+        if config.projects_patches:
+            latent += self.compute_bytes * config.patch_dim
+        return {
+            "embedding": tokens * hashes,
+            "encoder": tokens * (self._stack(config.encoder, mode, _FLOAT32) + self._rotary(config.encoder, mode)),
+            "encoder_cross_attention": self._patches_read_bytes(config, tokens, patches),
+            "latent": patches * latent,
+            "decoder": tokens
+            * (
+                self._stack(config.decoder, mode, _FLOAT32)
+                + (0 if shares_layout else self._rotary(config.decoder, mode))
+            ),
+            "decoder_cross_attention": self._bytes_read_patches(config, tokens, patches),
+            "logits": tokens * self._head(config.decoder.dim),
+        }
+
+    def _patches_read_bytes(self, config: BLTConfig, tokens: int, patches: int) -> int:
+        """Bytes of pooling, projection and the encoder's cross-attentions; no mode recomputes them."""
+        cross, width, compute = config.cross_attention, config.encoder.dim, self.compute_bytes
+        layers = config.encoder.num_layers if cross.encoder_placement == Placement.ALL else 1
+        is_half = compute < _FLOAT32
+        pooled = _FLOAT32 * width if cross.pooling == Pooling.MAX or not is_half else _FLOAT32
+        pooling = pooled + (compute * width if is_half else 0)
+        segments = _INT64 * tokens
+        # The norm reads float32, the query map its result, and the map to the output what attention gives.
+        of_patch = cross.k * (_FLOAT32 * width + _FLOAT32 + 3 * compute * width)
+        of_token = _FLOAT32 + compute * width + compute * 2 * width + _FLOAT32 * cross.k * cross.num_heads
+        return segments + patches * (pooling + layers * of_patch) + tokens * layers * of_token
+
+    def _bytes_read_patches(self, config: BLTConfig, tokens: int, patches: int) -> int:
+        """Bytes of the projection and the decoder's cross-attentions; no mode recomputes them."""
+        cross, width, compute = config.cross_attention, config.decoder.dim, self.compute_bytes
+        layers = config.decoder.num_layers if cross.decoder_placement == Placement.ALL else 1
+        is_half = compute < _FLOAT32
+        # Every layer's norm reads the same patches; in half precision each makes a float32 copy of its own.
+        normed = cross.k * _FLOAT32 * width * (layers if is_half else 1)
+        of_patch = cross.k * (_FLOAT32 + compute * width + compute * 2 * width)
+        of_token = _FLOAT32 * width + _FLOAT32 + 3 * compute * width + _FLOAT32 * cross.k * cross.num_heads
+        latents = compute * config.latent.dim
+        return patches * (latents + normed + layers * of_patch) + tokens * layers * of_token
