@@ -16,12 +16,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from blt_train.json_lines import JsonLinesWriter, cut_after_step, naming_line, parse_object, read_lines
+from blt_train.json_lines import JsonLinesWriter, cut_after_step, naming_line, parse_object, read_last_lines, read_lines
 
 METRICS_NAME = "metrics.jsonl"
 
 #: Fields that hold a number for each source.
-_BY_SOURCE = frozenset({"sources", "holdout_bpb_by_source"})
+_BY_SOURCE = frozenset({"sources", "source_epochs", "holdout_bpb_by_source"})
 
 #: Fields of a step that are NaN where the step was not finite, for which JSON has no number: there they are null.
 _MAY_BE_BROKEN = frozenset({"loss", "bpb", "gradient_norm"})
@@ -75,6 +75,9 @@ class StepMetrics:
 
     sources: Mapping[str, float] | None
     """Share of the batch's bytes from each source of a mixture; null for one directory."""
+
+    source_epochs: Mapping[str, float] | None = None
+    """Passes over each source of a mixture completed; null for one directory."""
 
     flops: float
     """Model operations of the step, forward and backward, all ranks together; no recomputation, no padding."""
@@ -243,6 +246,17 @@ def read_metrics(run: str | os.PathLike[str]) -> tuple[tuple[StepMetrics, ...], 
         else:
             evaluations.append(metrics)
     return tuple(steps), tuple(evaluations)
+
+
+def is_last_evaluation(run: Path, step: int) -> bool:
+    """Return whether a run's metrics end with the evaluation after a step.
+
+    Args:
+        run: the run directory.
+        step: optimizer steps done.
+    """
+    last = read_last_lines(run / METRICS_NAME)[-1:]
+    return any(isinstance(found := parse_line(line), EvaluationMetrics) and found.step == step for line in last)
 
 
 def truncate_metrics(run: Path, step: int) -> None:

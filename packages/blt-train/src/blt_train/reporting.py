@@ -135,6 +135,7 @@ def step_metrics(
     # What one rank does in a second, were the batch shared out evenly.
     per_rank = 1 / (seconds * runtime.world_size)
     peak = _peak_flops_per_second(inputs.config, runtime)
+    is_mixture = len(figures.sources) > 1
     return StepMetrics(
         step=step,
         loss=outcome.nll / figures.targets,
@@ -149,9 +150,10 @@ def step_metrics(
         mean_patch_length=figures.mean_patch_length,
         utilisation=figures.utilisation,
         epoch=figures.epoch,
-        sources={name: source.bytes / figures.bytes for name, source in figures.sources.items()}
-        if len(figures.sources) > 1
+        sources={name: source.bytes / max(1, figures.bytes) for name, source in figures.sources.items()}
+        if is_mixture
         else None,
+        source_epochs={name: source.epoch for name, source in figures.sources.items()} if is_mixture else None,
         flops=flops,
         seconds=seconds,
         data_wait=outcome.waited,
