@@ -64,6 +64,22 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line[:-1]
 
 
+def read_last_lines(path: Path, size: int = 1 << 20) -> list[bytes]:
+    """Return the whole lines at the end of a file without their newlines, however long the file.
+
+    Args:
+        path: the file; a missing one has no lines.
+        size: bytes from the end that are looked at.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - size)
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]  # what follows the last newline is not whole
+    return lines[1:] if start else lines
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
     """Return the JSON object of a line.
 

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from blt_train.json_lines import JsonLinesWriter, cut_after_step, naming_line, parse_object, read_lines
+from blt_train.json_lines import JsonLinesWriter, cut_after_step, naming_line, parse_object, read_last_lines, read_lines
 
 SAMPLES_NAME = "samples.jsonl"
 
@@ -92,6 +92,16 @@ def read_samples(run: str | os.PathLike[str]) -> tuple[Sample, ...]:
         with naming_line(path, number):
             samples.append(parse_sample(line))
     return tuple(samples)
+
+
+def is_last_sample(run: Path, step: int) -> bool:
+    """Return whether a run's samples end with those after a step.
+
+    Args:
+        run: the run directory.
+        step: optimizer steps done.
+    """
+    return any(parse_sample(line).step == step for line in read_last_lines(run / SAMPLES_NAME)[-1:])
 
 
 def truncate_samples(run: Path, step: int) -> None:

@@ -26,24 +26,22 @@ from blt_train.checkpoint import (
 from blt_train.config import TrainConfig
 from blt_train.config_parsing import config_to_mapping
 from blt_train.errors import TrainingError
-from blt_train.evaluation import Evaluation, evaluate_model
+from blt_train.evaluation import evaluate_holdouts
 from blt_train.inputs import Inputs, check_launch, open_inputs
 from blt_train.loader import Loader, Slice
-from blt_train.metrics import (
-    EvaluationMetrics,
-    MetricsWriter,
-    StepMetrics,
-    read_metrics,
-)
+from blt_train.metrics import EvaluationMetrics, StepMetrics, is_last_evaluation, read_metrics
 from blt_train.nonfinite import NonfiniteSteps
 from blt_train.optim import make_optimizer
 from blt_train.parallel.building import new_model
 from blt_train.parallel.sharding import free_gathered
-from blt_train.reporting import OnProgress, Reporter, step_metrics
+from blt_train.profiling import StepProfiler, check_profiling
+from blt_train.reporting import OnProgress, Reporter, open_reporter, step_metrics
 from blt_train.resume import load_for_resume, prepare_run
 from blt_train.runtime import Runtime, open_runtime
+from blt_train.samples import is_last_sample
 from blt_train.step import StepOutcome, TrainStep
 from blt_train.stopping import StopRequest, stop_on_signals
+from blt_train.training_samples import TrainingSampler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +124,9 @@ class Trainer:
         config = inputs.config
         self.inputs, self.runtime, self.config = inputs, runtime, config
         self._run, self._stop = run, stop
+        # Both refuse what cannot be done before time is spent on the model.
+        check_profiling(config.logging, runtime.device)
+        self._sampler = TrainingSampler(inputs, runtime)
         checkpoint = run.latest()
         if checkpoint is None:
             self.model: Model = new_model(inputs.architecture, config, runtime.device, runtime.mesh)
@@ -145,6 +146,7 @@ class Trainer:
                 load_section(checkpoint, Section.EMA, self._step.average.tensors)
         self._stream = inputs.open_stream(run.path)
         self._saved_step = self.step if checkpoint is not None else -1
+        self._looked_step = -1
 
     def run(self, on_progress: OnProgress | None) -> TrainResult:
         """Train up to the last step, or to the step at which a signal asks for a stop.
@@ -154,11 +156,9 @@ class Trainer:
         """
         status = 0
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(MetricsWriter(self._run.path)) if self.runtime.is_main else None
-            report = Reporter(writer, on_progress=on_progress)
+            report = stack.enter_context(open_reporter(self.config, self.runtime, on_progress, step=self.step))
             saver = stack.enter_context(Saver(self._run, self.runtime, self.config.checkpoint))
-            if self._lacks_evaluation():
-                self._evaluate(report)
+            self._look_where_left_off(report)
             if self.step < self.config.schedule.total_steps:
                 status = self._loop(report, saver)
         steps, evaluations = read_metrics(self._run.path)
@@ -189,20 +189,22 @@ class Trainer:
             static_shapes=config.compile,
         )
         status = 0
-        with loader:
+        with loader, StepProfiler(config.logging, self._run.path, self.runtime) as profiler:
             batches = iter(loader)
             started = time.perf_counter()
             while self.step < total and not status:
+                profiler.begin(self.step + 1)
                 metrics, status = self._train_step(batches, started, saver)
+                profiler.end(self.step)
                 report(metrics)
-                if self._is_evaluation_due() and not status:
-                    status = self._evaluate(report)
-                if status or self.step == total or self.step % config.checkpoint.every == 0:
+                if not status:
+                    self._look_at_model(report)
+                if status or self._is_checkpoint_due():
                     report.sync()
                     self._save(saver)
                 started = time.perf_counter()
         # All done, whatever was asked for at the end.
-        return status if self.step < total or self._lacks_evaluation() else 0
+        return status if self.step < total or self._looked_step < total else 0
 
     def _slice(self) -> Slice:
         """Return this rank's part of each batch."""
@@ -217,8 +219,12 @@ class Trainer:
         """Run one optimizer step; return its metrics, and the exit status that all ranks agree on, 0 to go on."""
         per_step = self.config.batch.sequences_per_step
         figures = self._stream.figures(self.step * per_step, per_step)
-        votes = (*self._stop.votes, float(saver.has_failed))
-        outcome = self._step.run(batches, figures, step=self.step + 1, votes=votes)
+        outcome = self._step.run(
+            batches,
+            figures,
+            step=self.step + 1,
+            votes=lambda: (*self._stop.votes, float(saver.has_failed)),
+        )
         self._stop.nothing_to_lose = False
         *asked, failures = outcome.votes
         if failures:
@@ -251,29 +257,48 @@ class Trainer:
             f"({kept}): lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use precision=float32"
         )
 
+    def _is_checkpoint_due(self) -> bool:
+        """Whether the present step is one after which a checkpoint is written."""
+        if self.step == self.config.schedule.total_steps:
+            return True
+        # Weights that may be beyond help must not push sound checkpoints out.
+        return self.step % self.config.checkpoint.every == 0 and not self._nonfinite.in_row
+
     def _is_evaluation_due(self) -> bool:
         """Whether the present step is one of those that are evaluated."""
         every = self.config.evaluation.every
         is_end = self.step in (0, self.config.schedule.total_steps)
         return is_end or (every is not None and self.step % every == 0)
 
-    def _lacks_evaluation(self) -> bool:
-        """Whether the present step's evaluation is due and was not done, as where a signal interrupted it."""
-        if not self.inputs.holdouts or not self._is_evaluation_due():
-            return False
-        is_there = self.runtime.is_main and any(item.step == self.step for item in read_metrics(self._run.path)[1])
-        return self.runtime.sum([float(is_there)])[0] == 0
+    def _look_at_model(self, report: Reporter, *, is_evaluated: bool = False, is_sampled: bool = False) -> None:
+        """Evaluate the model and let it write, where either is due after the present step, and report it.
 
-    def _evaluate(self, report: Reporter) -> int:
-        """Evaluate on the held-out documents, if the run has any, and report it; return the exit status, 0 to go on."""
-        # One is evaluated for now; the first is that of a single directory.
-        holdout = next(iter(self.inputs.holdouts.values()), None)
-        if holdout is None:
-            return 0
+        Args:
+            report: takes the figures and the samples.
+            is_evaluated: the first was done by an earlier launch.
+            is_sampled: the second was.
+        """
+        is_due = self._is_evaluation_due()
+        if is_due and self.inputs.holdouts and not is_evaluated:
+            self._evaluate(report)
+        if self._sampler.is_due(self.step, was_evaluated=is_due) and not is_sampled:
+            report.add_samples(self._sampler.sample(self.model, self.step))
+        self._looked_step = self.step
+
+    def _look_where_left_off(self, report: Reporter) -> None:
+        """Do what is due after the present step and was not done before, as where a signal came between."""
+        done = [False, False]
+        if self.runtime.is_main:
+            done = [is_last_evaluation(self._run.path, self.step), is_last_sample(self._run.path, self.step)]
+        is_evaluated, is_sampled = self.runtime.sum([float(is_done) for is_done in done])
+        self._look_at_model(report, is_evaluated=is_evaluated > 0, is_sampled=is_sampled > 0)
+
+    def _evaluate(self, report: Reporter) -> None:
+        """Evaluate on the held-out documents and report it."""
         started = time.perf_counter()
-        result: Evaluation = evaluate_model(
+        result = evaluate_holdouts(
             self.model,
-            holdout,
+            self.inputs.holdouts,
             sequence_tokens=self.inputs.capacity.tokens,
             runtime=self.runtime,
             sequences_per_batch=self.config.batch.sequences_per_micro_batch,
@@ -287,11 +312,10 @@ class Trainer:
                 holdout_loss=result.loss,
                 holdout_bytes=result.bytes,
                 holdout_documents=result.documents,
-                holdout_bpb_by_source=None,
+                holdout_bpb_by_source=result.bpb_by_source,
                 holdout_seconds=time.perf_counter() - started,
             )
         )
-        return 0
 
     def _save(self, saver: Saver) -> None:
         """Begin to write a checkpoint of the present step, unless there is one."""
