@@ -139,6 +139,9 @@ def test_other_files_among_the_checkpoints_stay(workplace: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"processes": None},
+        {"nonfinite_steps": 1.5},
+        {"data": {"kind": "bytes", "sources": {}}},
         {"step": "x"},
         {"step": -1},
         {"step": True},
@@ -146,17 +149,21 @@ def test_other_files_among_the_checkpoints_stay(workplace: Path) -> None:
         {"config": {}},
         {"data": []},
         {"data": {}},
-        {"data": {"fingerprint": 3, "kind": "bytes", "provenance": {}}},
+        {"data": {"kind": "bytes", "sources": {"a": {"fingerprint": 3, "provenance": {}, "weight": 1.0}}}},
+        {"data": {"kind": "bytes", "sources": {"a": {"fingerprint": "f", "provenance": [], "weight": 1.0}}}},
         {"entropy_model": 5},
         {"packages": "x"},
     ],
 )
 def test_trainer_state_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     state: dict[str, object] = {
-        "format_version": 1,
+        "format_version": 2,
         "step": 3,
+        "processes": 4,
+        "nonfinite_steps": 1,
+        "nonfinite_in_row": 0,
         "config": {"data": {"sequence_tokens": 16}},
-        "data": {"fingerprint": "f", "kind": "bytes", "provenance": {}},
+        "data": {"kind": "bytes", "sources": {"a": {"fingerprint": "f", "provenance": {}, "weight": 1.0}}},
         "entropy_model": None,
         "packages": {},
     }
@@ -171,11 +178,21 @@ def test_trainer_state_of_another_shape_is_refused(tmp_path: Path, changes: dict
         read_trainer_state(tmp_path)
 
 
+def evaluation_metrics() -> EvaluationMetrics:
+    return EvaluationMetrics(
+        step=0,
+        holdout_bpb=1.0,
+        holdout_loss=1.0,
+        holdout_bytes=1,
+        holdout_documents=1,
+        holdout_bpb_by_source=None,
+        holdout_seconds=1.0,
+    )
+
+
 @pytest.mark.parametrize("line", ["x", "[]", "3", "{}", "[" * 100_000, '{"step": "x"}', '{"holdout_bpb": true}'])
 def test_line_that_is_no_metrics_is_named(tmp_path: Path, line: str) -> None:
-    good = EvaluationMetrics(
-        step=0, holdout_bpb=1.0, holdout_loss=1.0, holdout_bytes=1, holdout_documents=1, holdout_seconds=1.0
-    )
+    good = evaluation_metrics()
     names = [field.name for field in dataclasses.fields(EvaluationMetrics)]
     if line.startswith("{") and line != "{}":
         line = json.dumps({name: getattr(good, name) for name in names} | json.loads(line))
@@ -192,9 +209,7 @@ def test_config_of_the_run_resumes_it(workplace: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk for tests")
 def test_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    metrics = EvaluationMetrics(
-        step=0, holdout_bpb=1.0, holdout_loss=1.0, holdout_bytes=1, holdout_documents=1, holdout_seconds=1.0
-    )
+    metrics = evaluation_metrics()
     with pytest.raises(OSError, match="No space left on device") as caught, MetricsWriter(tmp_path) as writer:
         writer.write(metrics)
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
@@ -204,7 +219,8 @@ def test_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
 def test_checkpoint_without_a_patch_scheme_generates_nothing(workplace: Path, scheme: object) -> None:
     checkpoint = train(blt_config(workplace, "run", "schedule.total_steps=1")).checkpoint
     state = json.loads((checkpoint / "trainer.json").read_text())
-    state["data"]["provenance"]["scheme"] = scheme
+    (source,) = state["data"]["sources"].values()
+    source["provenance"]["scheme"] = scheme
     (checkpoint / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"trainer\.json: names no patch scheme"):
         generate(workplace / "run", b"a")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from tests.blt_train.samples import blt_config, byte_config, text_documents, wri
 
 from blt_data import InputError, ShardDirectory, frame
 from blt_model import pack_documents
+from blt_model.loss import cross_entropy_and_z_sum
 from blt_model.weights.native import load_model, model_fingerprint, save_model
 from blt_train import (
     CheckpointError,
@@ -23,9 +28,11 @@ from blt_train import (
     TrainingError,
     evaluate,
     read_metrics,
+    step,
     train,
 )
 from blt_train.checkpoint import RunDirectory, read_trainer_state
+from blt_train.errors import EXIT_SIGTERM
 from blt_train.inputs import architecture_of_config
 from blt_train.metrics import Metrics
 from blt_train.parallel.seeding import fresh_model
@@ -139,15 +146,71 @@ def test_equal_seeds_give_equal_weights(workplace: Path) -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(workplace: Path) -> None:
-    broken = byte_config(
-        workplace, "run", "optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "optimizer.weight_decay=0"
-    )
-    with pytest.raises(TrainingError, match=r"is not finite at step \d+.*learning_rate") as caught:
+def test_losses_that_are_not_finite_stop_the_run(workplace: Path) -> None:
+    overrides = ["optimizer.learning_rate=1e30", "schedule.warmup_steps=0", "optimizer.weight_decay=0"]
+    broken = byte_config(workplace, "run", *overrides, "optimizer.max_nonfinite_steps=3", "checkpoint.every=20")
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row, .* step \d+, .*learning_rate") as caught:
         train(broken)
     assert "there is no checkpoint yet" in str(caught.value)
     steps, _ = read_metrics(workplace / "run")
-    assert all(math.isfinite(metrics.loss) for metrics in steps)
+    assert math.isfinite(steps[0].loss)
+    assert [item.nonfinite_steps for item in steps][-2:] == [1, 2]
+    assert all(math.isfinite(item.loss) or item.nonfinite_steps for item in steps)
+    # Weights that one step made infinite are not saved, though its loss was sound.
+    overrides[0] = "optimizer.learning_rate=1e39"
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 1 could not be written .* is no longer finite"):
+        train(byte_config(workplace, "other", *overrides, "checkpoint.every=1"))
+    assert not (workplace / "other" / "latest").exists()
+    assert not list((workplace / "other" / "checkpoints").iterdir())
+
+
+class BrokenSteps:
+    """The loss of training with some steps' made infinite; asks this process to stop in one of them."""
+
+    def __init__(self, broken: tuple[int, ...], micro_batches: int, *, first: int = 1, stop_at: int = 0) -> None:
+        self._original = cross_entropy_and_z_sum
+        self._broken, self._micro_batches, self._stop_at = broken, micro_batches, stop_at
+        self._calls = (first - 1) * micro_batches
+
+    def __call__(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, plain = self._original(*arguments)
+        number, self._calls = self._calls // self._micro_batches + 1, self._calls + 1
+        if number == self._stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return (loss * math.inf, plain * math.inf) if number in self._broken else (loss, plain)
+
+
+def test_a_step_that_is_not_finite_is_left_out(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["schedule.total_steps=6", "checkpoint.every=3", "optimizer.max_nonfinite_steps=2"]
+    whole, part = (byte_config(workplace, name, *overrides) for name in ("whole", "part"))
+    size = whole.batch.micro_batches(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "cross_entropy_and_z_sum", BrokenSteps((3, 5), size))
+        result = train(whole)
+    assert [item.nonfinite_steps for item in result.steps] == [0, 0, 1, 1, 2, 2]
+    assert [math.isfinite(item.loss) for item in result.steps] == [True, True, False, True, False, True]
+    # No checkpoint is pushed out by those of weights that may be beyond help.
+    assert [path.name for path in (workplace / "whole" / "checkpoints").iterdir()] == ["step-00000006"]
+    # Stopped in the step that is left out and gone on from there, the run ends the same, counters and all.
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "cross_entropy_and_z_sum", BrokenSteps((3, 5), size, stop_at=3))
+        stopped = train(part)
+    assert (stopped.step, stopped.is_finished, stopped.exit_status) == (3, False, EXIT_SIGTERM)
+    state = read_trainer_state(stopped.checkpoint)
+    assert (state.step, state.nonfinite_steps, state.nonfinite_in_row) == (3, 1, 1)
+    shutil.copytree(workplace / "part", workplace / "worse", symlinks=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "cross_entropy_and_z_sum", BrokenSteps((5,), size, first=4))
+        resumed = train(part)
+    assert (resumed.is_finished, resumed.exit_status) == (True, 0)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (resumed.checkpoint / name).read_bytes() == (result.checkpoint / name).read_bytes()
+    assert [item.nonfinite_steps for item in resumed.steps] == [0, 0, 1, 1, 2, 2]
+    # Two in a row, one before the stop and one after it, are too many.
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "cross_entropy_and_z_sum", BrokenSteps((4,), size, first=4))
+        with pytest.raises(TrainingError, match="not finite in 2 steps in a row, the last of them step 4"):
+            train(byte_config(workplace, "worse", *overrides))
 
 
 def test_a_finished_run_returns_at_once(workplace: Path) -> None:
@@ -279,7 +342,9 @@ def test_trainer_state_is_plain_json(workplace: Path) -> None:
     result = train(byte_config(workplace, "run", "schedule.total_steps=1"))
     state = json.loads((result.checkpoint / "trainer.json").read_text(encoding="utf-8"))
     assert state["step"] == 1
-    assert state["data"]["fingerprint"] == ShardDirectory.open(workplace / "bytes").manifest.fingerprint()
+    (source,) = state["data"]["sources"].values()
+    assert source["fingerprint"] == ShardDirectory.open(workplace / "bytes").manifest.fingerprint()
+    assert (state["format_version"], state["processes"], state["nonfinite_steps"]) == (2, 1, 0)
     assert state["config"]["model"]["preset"] == "entropy-debug"
     assert set(state["packages"]) >= {"blt-train", "blt-model", "torch"}
     for path in result.checkpoint.iterdir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,12 @@ class TrainStep:
         self.average = None if decay is None else WeightAverage(model, decay)
 
     def run(
-        self, batches: Iterator[MicroBatch], figures: BatchFigures, *, step: int, votes: Sequence[float] = ()
+        self,
+        batches: Iterator[MicroBatch],
+        figures: BatchFigures,
+        *,
+        step: int,
+        votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutcome:
         """Run one optimizer step; every rank sees the same sums, so all update, or none.
 
@@ -79,10 +84,11 @@ class TrainStep:
             batches: this rank's micro batches, of which the step takes its share.
             figures: of the global batch.
             step: number of the step, from 1.
-            votes: numbers to sum over all ranks together with the loss, equally many on every rank.
+            votes: gives, when the gradients are there, numbers to sum over all ranks together with the loss, equally
+                many on every rank.
         """
         nll, waited = self._accumulate(batches, figures)
-        total, gradient_norm, sums = self._sum_and_clip(nll, votes)
+        total, gradient_norm, sums = self._sum_and_clip(nll, votes())
         broken = "loss" if not math.isfinite(total) else "gradient norm" if not math.isfinite(gradient_norm) else None
         rate = learning_rate(step, self.config.optimizer.learning_rate, self.config.schedule)
         measures = self.config.logging.update_norm
