@@ -128,7 +128,7 @@ class Board:
     def request_stop(self, signum: int) -> None:
         """Pass a signal on to all nodes."""
         if self._nodes > 1:
-            self._store.set(self._key(_STOP), str(signum))
+            self._store.set(self._key(_STOP), str(int(signum)))
 
     def requested_stop(self) -> int | None:
         """Return the signal that some node passed on, if any."""
