@@ -151,8 +151,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_nodes_agree_on_one_failure(store: TCPStore) -> None:
     first, second, third = boards(store, 3)
-    killed = Failure(cause=Cause.KILLED, sentence="killed", time=3.0)
-    lost = Failure(cause=Cause.PEER_LOST, sentence="lost", time=1.0)
+    killed = Failure(cause=Cause.KILLED, what="killed", time=3.0)
+    lost = Failure(cause=Cause.PEER_LOST, what="lost", time=1.0)
     assert not first.look()
     second.report([killed])
     wait_until(first.look)

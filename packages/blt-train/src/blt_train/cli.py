@@ -135,10 +135,12 @@ def _train(config: TrainConfig, resume: bool) -> None:
                 result = train(config, resume=resume, on_progress=display)
             _print_summary(result)
     except StoppedEarly as stopped:
-        _tell_stop(stopped.status, "before its first step")
+        if rank_is_shown:
+            _tell_stop(stopped.status, "before its first step")
         raise
     if result.exit_status:
-        _tell_stop(result.exit_status, f"after step {result.step}")
+        if rank_is_shown:
+            _tell_stop(result.exit_status, f"after step {result.step}")
         sys.exit(result.exit_status)
 
 

@@ -22,7 +22,16 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM, TrainingError
 from blt_train.launch.board import REPORT_SECONDS, SILENCE_SECONDS, Board
-from blt_train.launch.failures import PEER_CAUSES, Cause, Failure, Reason, process_failure
+from blt_train.launch.failures import (
+    ALL_AGAIN,
+    PEER_CAUSES,
+    RUN_AGAIN,
+    SEE_WHERE,
+    Cause,
+    Failure,
+    Reason,
+    process_failure,
+)
 from blt_train.launch.options import LaunchOptions
 from blt_train.launch.rank import EXIT_INTERRUPTED, STARTS
 
@@ -278,30 +287,27 @@ class JobAgent(LocalElasticAgent):
         return f"process {worker.global_rank} of {worker.world_size}{place}"
 
     def _hanging(self, local_rank: int) -> Failure:
-        sentence = (
-            f"{self._name(local_rank)} hangs: the others waited for it as long as parallel.timeout_seconds says, so "
-            "the job was ended; run the same command again to go on from the latest checkpoint"
-        )
-        return Failure(cause=Cause.HANGING, sentence=sentence, time=time.time())
+        what = f"{self._name(local_rank)} hangs: the others waited for it as long as parallel.timeout_seconds says"
+        return Failure(cause=Cause.HANGING, what=what, mend=RUN_AGAIN, time=time.time())
 
     def _lost(self, board: Board, node: int) -> Failure:
-        sentence = (
-            f"node {node} of {self._options.nodes} ({board.hosts[node]}) no longer answers: its launcher was killed, "
-            "or the machine is gone, so the job was ended; launch all nodes again to go on from the latest checkpoint"
+        what = (
+            f"node {node} of {self._options.nodes} ({board.hosts[node]}) no longer answers: its launcher was killed, or "
+            "the machine is gone"
         )
-        return Failure(cause=Cause.NODE_LOST, sentence=sentence, time=time.time())
+        return Failure(cause=Cause.NODE_LOST, what=what, mend=ALL_AGAIN, time=time.time())
 
     def _overdue(self) -> Failure:
         name = signal.Signals(self._signal or signal.SIGTERM).name
-        sentence = (
+        what = (
             f"the processes did not end within {self._options.grace_seconds:g} seconds after {name} and were killed, "
-            "so the latest checkpoint is from before; give them more time by --grace-seconds"
+            "so the latest checkpoint is from before"
         )
-        return Failure(cause=Cause.SYSTEM, sentence=sentence, time=time.time())
+        return Failure(cause=Cause.SYSTEM, what=what, mend="; give them more time by --grace-seconds", time=time.time())
 
     def _unexplained(self) -> Failure:
-        sentence = "the job was ended for a failure that no node explains; set BLT_TRACEBACK=1 to see more"
-        return Failure(cause=Cause.ERROR, sentence=sentence, time=time.time())
+        what = "the job was ended for a failure that no node explains"
+        return Failure(cause=Cause.ERROR, what=what, mend=SEE_WHERE, time=time.time())
 
     # Ending.
 

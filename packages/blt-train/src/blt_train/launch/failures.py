@@ -46,6 +46,10 @@ PEER_CAUSES = frozenset({Cause.PEER_SILENT, Cause.PEER_LOST})
 #: Causes that another start would meet again.
 LASTING_CAUSES = frozenset({Cause.BAD_INPUT})
 
+RUN_AGAIN = ", so the job was ended; run the same command again to go on from the latest checkpoint"
+ALL_AGAIN = ", so the job was ended; launch all nodes again to go on from the latest checkpoint"
+SEE_WHERE = "; set BLT_TRACEBACK=1 to see where"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
@@ -54,11 +58,19 @@ class Failure:
     cause: Cause
     """What it is like."""
 
-    sentence: str
-    """What a user is told, without an end stop."""
+    what: str
+    """What happened, as a user is told it."""
+
+    mend: str = ""
+    """What to do where the job ends of it, with the mark that joins it on."""
 
     time: float = 0.0
     """When, in seconds since the epoch by the clock of its node."""
+
+    @property
+    def sentence(self) -> str:
+        """What a user is told when the job ends, without an end stop."""
+        return self.what + self.mend
 
     @property
     def is_lasting(self) -> bool:
@@ -72,7 +84,7 @@ def culprit(failures: Sequence[Failure]) -> Failure:
     Args:
         failures: at least one, of all nodes.
     """
-    return min(failures, key=lambda failure: (failure.cause, failure.time, failure.sentence))
+    return min(failures, key=lambda failure: (failure.cause, failure.time, failure.what))
 
 
 def failures_to_json(failures: Sequence[Failure]) -> str:
@@ -125,24 +137,18 @@ def process_failure(*, process: str, exit_code: int, reason: Reason | None, now:
     """
     time = reason.time if reason is not None else now
     if reason is not None and reason.cause in (Cause.BAD_INPUT, Cause.SYSTEM):
-        return Failure(cause=reason.cause, sentence=reason.sentence, time=time)
+        return Failure(cause=reason.cause, what=reason.sentence, time=time)
     if reason is not None:
-        sentence = f"{process} failed ({reason.sentence}); set BLT_TRACEBACK=1 to see where"
-        return Failure(cause=reason.cause, sentence=sentence, time=time)
+        return Failure(cause=reason.cause, what=f"{process} failed ({reason.sentence})", mend=SEE_WHERE, time=time)
     if exit_code == -signal.SIGABRT:
         # So ends a process that gives up a collective operation, in NCCL's watchdog, and whatever calls abort().
-        sentence = f"{process} was aborted, most likely in an operation that other processes did not take part in"
-        return Failure(cause=Cause.PEER_SILENT, sentence=sentence, time=time)
+        what = f"{process} was aborted, most likely in an operation that other processes did not take part in"
+        return Failure(cause=Cause.PEER_SILENT, what=what, mend=RUN_AGAIN, time=time)
     if exit_code < 0:
-        name = _signal_name(-exit_code)
         hint = " (out of memory, perhaps)" if exit_code == -signal.SIGKILL else ""
-        sentence = (
-            f"{process} was killed by {name}{hint}, so the job was ended; run the same command again to go on from the "
-            "latest checkpoint"
-        )
-        return Failure(cause=Cause.KILLED, sentence=sentence, time=time)
-    sentence = f"{process} failed (exit status {exit_code}); set BLT_TRACEBACK=1 to see where"
-    return Failure(cause=Cause.ERROR, sentence=sentence, time=time)
+        what = f"{process} was killed by {_signal_name(-exit_code)}{hint}"
+        return Failure(cause=Cause.KILLED, what=what, mend=RUN_AGAIN, time=time)
+    return Failure(cause=Cause.ERROR, what=f"{process} failed (exit status {exit_code})", mend=SEE_WHERE, time=time)
 
 
 def _signal_name(number: int) -> str:
