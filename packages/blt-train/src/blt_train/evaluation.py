@@ -6,9 +6,10 @@ document's loss does not depend on its neighbours, on the number of ranks or on 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +141,7 @@ def evaluate_holdouts(
     sequences_per_batch: int = 8,
     max_bytes: int | None = None,
     precision: Precision = Precision.FLOAT32,
+    before_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model on several sets of documents, each a source, or on one, by the sources that its documents name.
 
@@ -151,6 +153,7 @@ def evaluate_holdouts(
         sequences_per_batch: sequences per forward pass.
         max_bytes: take the first documents of each source up to this many bytes, at least one; None for all.
         precision: of the forward pass.
+        before_batch: called before each forward pass, equally often on all ranks; may raise to end the evaluation.
 
     Raises:
         ConfigError: a source's documents hold no byte.
@@ -164,6 +167,7 @@ def evaluate_holdouts(
             sequences_per_batch=sequences_per_batch,
             max_bytes=max_bytes,
             precision=precision,
+            before_batch=before_batch,
         )
         for name, documents in holdouts.items()
     }
@@ -190,6 +194,7 @@ def evaluate_model(
     max_bytes: int | None = None,
     precision: Precision = Precision.FLOAT32,
     progress: ProgressBar | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Evaluate a model in memory; with several ranks, all call it and all get the sums.
 
@@ -205,6 +210,7 @@ def evaluate_model(
         max_bytes: take the first documents up to this many bytes, at least one; None for all.
         precision: of the forward pass.
         progress: told of this rank's raw bytes done.
+        before_batch: called before each forward pass, equally often on all ranks; may raise to end the evaluation.
 
     Raises:
         ConfigError: the documents hold no byte, so there are no bits per byte.
@@ -220,11 +226,11 @@ def evaluate_model(
     builder = BatchBuilder(capacity, sequences_per_batch)
     sums = np.zeros(len(documents.source_names))
     waiting: tuple[torch.Tensor, Int64Array] | None = None
-    was_training = model.training
-    model.eval()
     # What is compiled for training's shapes would be compiled anew for these.
-    with uncompiled(model):
+    with _evaluating(model), uncompiled(model):
         for part in _parts_of_rank(plan.num_sequences, sequences_per_batch, runtime):
+            if before_batch is not None:
+                before_batch()
             batch = builder.build([(plan, index) for index in part]).to(runtime.device)
             with autocast(runtime.device, precision):
                 logits = model(batch.packed)
@@ -235,9 +241,19 @@ def evaluate_model(
             if progress is not None:
                 progress.advance(int(plan.sequence_bytes[part.start : part.stop].sum()))
     _add_by_source(sums, waiting)
-    free_gathered(model)
-    model.train(was_training)
     return _evaluation(documents, chosen, runtime.sum(sums.tolist()))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Set a model to evaluate in the block, and leave it as it was, also where the block raises."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        free_gathered(model)
+        model.train(was_training)
 
 
 def _parts_of_rank(num_sequences: int, per_batch: int, runtime: Runtime) -> list[range]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from blt_train.errors import CheckpointError
 from blt_train.files import naming
@@ -28,7 +28,7 @@ class JsonLinesWriter:
         self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
-    def __enter__(self) -> JsonLinesWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

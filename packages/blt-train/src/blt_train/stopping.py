@@ -17,14 +17,17 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM
+from blt_train.runtime import Runtime
 
 #: A second SIGTERM within so many seconds may be the same request: a scheduler signals every process of a job, and the
 #: launcher passes on what it got.
 SAME_REQUEST_SECONDS = 5.0
+#: How often processes ask each other in loops that have no sums of their own.
+_PASSES_PER_EXCHANGE = 8
 
 
-class StoppedEarly(SystemExit):
-    """The run was asked to stop before it had anything to lose."""
+class Stopped(SystemExit):
+    """A signal ends what the process is at."""
 
     def __init__(self, status: int) -> None:
         """Take the exit status.
@@ -34,6 +37,14 @@ class StoppedEarly(SystemExit):
         """
         super().__init__(status)
         self.status = status
+
+
+class StoppedEarly(Stopped):
+    """The run was asked to stop before it had anything to lose."""
+
+
+class StopAgreed(Stopped):
+    """All processes have agreed to stop in the middle of what they were at."""
 
 
 class StopRequest:
@@ -83,6 +94,33 @@ class StopRequest:
             self._asked, self._asked_at = status, now
         if self.nothing_to_lose:
             raise StoppedEarly(status)
+
+
+class StopPoint:
+    """A place in a loop that all processes pass equally often, and at which they may agree to stop."""
+
+    def __init__(self, request: StopRequest, runtime: Runtime) -> None:
+        """Take what is asked of this process.
+
+        Args:
+            request: of this process.
+            runtime: its place among all.
+        """
+        self._request, self._runtime = request, runtime
+        self._passes = 0
+
+    def __call__(self) -> None:
+        """Pass; every eighth time the processes ask each other, which costs an exchange.
+
+        Raises:
+            StopAgreed: one of them was asked to stop.
+        """
+        self._passes += 1
+        if self._passes % _PASSES_PER_EXCHANGE:
+            return
+        status = StopRequest.agreed(self._runtime.sum(self._request.votes))
+        if status:
+            raise StopAgreed(status)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from blt_train.resume import load_for_resume, prepare_run
 from blt_train.runtime import Runtime, open_runtime
 from blt_train.samples import is_last_sample
 from blt_train.step import StepOutcome, TrainStep
-from blt_train.stopping import StopRequest, stop_on_signals
+from blt_train.stopping import StopAgreed, StopPoint, StopRequest, stop_on_signals
 from blt_train.training_samples import TrainingSampler
 
 
@@ -154,12 +154,11 @@ class Trainer:
         Args:
             on_progress: called on the first rank with all metrics.
         """
-        status = 0
         with contextlib.ExitStack() as stack:
             report = stack.enter_context(open_reporter(self.config, self.runtime, on_progress, step=self.step))
             saver = stack.enter_context(Saver(self._run, self.runtime, self.config.checkpoint))
-            self._look_where_left_off(report)
-            if self.step < self.config.schedule.total_steps:
+            status = self._look_where_left_off(report)
+            if not status and self.step < self.config.schedule.total_steps:
                 status = self._loop(report, saver)
         steps, evaluations = read_metrics(self._run.path)
         checkpoint = self._run.latest()
@@ -198,7 +197,7 @@ class Trainer:
                 profiler.end(self.step)
                 report(metrics)
                 if not status:
-                    self._look_at_model(report)
+                    status = self._look_at_model(report)
                 if status or self._is_checkpoint_due():
                     report.sync()
                     self._save(saver)
@@ -270,28 +269,35 @@ class Trainer:
         is_end = self.step in (0, self.config.schedule.total_steps)
         return is_end or (every is not None and self.step % every == 0)
 
-    def _look_at_model(self, report: Reporter, *, is_evaluated: bool = False, is_sampled: bool = False) -> None:
+    def _look_at_model(self, report: Reporter, *, is_evaluated: bool = False, is_sampled: bool = False) -> int:
         """Evaluate the model and let it write, where either is due after the present step, and report it.
 
         Args:
             report: takes the figures and the samples.
             is_evaluated: the first was done by an earlier launch.
             is_sampled: the second was.
+
+        Returns:
+            The exit status on which all ranks agree if they were asked to stop meanwhile; 0 to go on.
         """
         is_due = self._is_evaluation_due()
-        if is_due and self.inputs.holdouts and not is_evaluated:
-            self._evaluate(report)
+        try:
+            if is_due and self.inputs.holdouts and not is_evaluated:
+                self._evaluate(report)
+        except StopAgreed as stopped:
+            return stopped.status
         if self._sampler.is_due(self.step, was_evaluated=is_due) and not is_sampled:
             report.add_samples(self._sampler.sample(self.model, self.step))
         self._looked_step = self.step
+        return 0
 
-    def _look_where_left_off(self, report: Reporter) -> None:
+    def _look_where_left_off(self, report: Reporter) -> int:
         """Do what is due after the present step and was not done before, as where a signal came between."""
         done = [False, False]
         if self.runtime.is_main:
             done = [is_last_evaluation(self._run.path, self.step), is_last_sample(self._run.path, self.step)]
         is_evaluated, is_sampled = self.runtime.sum([float(is_done) for is_done in done])
-        self._look_at_model(report, is_evaluated=is_evaluated > 0, is_sampled=is_sampled > 0)
+        return self._look_at_model(report, is_evaluated=is_evaluated > 0, is_sampled=is_sampled > 0)
 
     def _evaluate(self, report: Reporter) -> None:
         """Evaluate on the held-out documents and report it."""
@@ -304,6 +310,7 @@ class Trainer:
             sequences_per_batch=self.config.batch.sequences_per_micro_batch,
             max_bytes=self.config.evaluation.max_bytes,
             precision=self.config.precision,
+            before_batch=StopPoint(self._stop, self.runtime),
         )
         report(
             EvaluationMetrics(
