@@ -13,6 +13,7 @@ from tests.blt_train.samples import blt_config, sequence_rows, text_documents, w
 from blt_data.shards import ShardDirectory
 from blt_patcher import EntropyScheme, SpaceScheme, scheme_to_json
 from blt_train import ConfigError, load_config
+from blt_train.config_parsing import config_to_yaml
 from blt_train.inputs import open_inputs
 from blt_train.loader import Loader, Slice
 from blt_train.sequences import SequenceStream
@@ -153,6 +154,16 @@ def test_configs_of_data_that_are_wrong(overrides: list[str], message: str) -> N
     with pytest.raises(ConfigError) as caught:
         load_config("debug-blt", ["run=r", "data.train=d", *overrides])
     assert message in str(caught.value)
+
+
+def test_a_mixture_is_read_back_as_written(tmp_path: Path) -> None:
+    config = load_config("debug-blt", ["run=r", *DATA["mixture"], "data.sources.code.holdout=h"])
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again.data.sources["web"].weight == 3
+    changed = load_config(tmp_path / "config.yaml", ["data.sources.web.weight=2"])
+    assert (changed.data.sources["web"].weight, changed.data.sources["code"].holdout) == (2, "h")
 
 
 def test_state_of_the_data_names_what_decides_its_order(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

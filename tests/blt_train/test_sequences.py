@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import tempfile
 import threading
 import tracemalloc
 import weakref
@@ -28,8 +29,10 @@ from tests.blt_train.samples import (
 
 from blt_data import InputError
 from blt_data.shards import Manifest, Shard, ShardDirectory, ShardEntry, ShardKind
+from blt_model.packed import IGNORED_TARGET
 from blt_train import source_stream as source_stream_module
 from blt_train import train
+from blt_train.batches import BatchBuilder
 from blt_train.documents import DocumentTable
 from blt_train.errors import CheckpointError
 from blt_train.groups import ShardGroups
@@ -122,6 +125,39 @@ def test_groups_hold_every_document_once(rows: list[int], limit: int, seed: int,
         assert group
         assert sum(rows[index] for index in group) <= limit or len(group) == 1
     assert groups.shares_of_epoch(epoch)[-1] == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=30),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.tuples(st.integers(4, 40), st.integers(4, 12), st.integers(2, 5)),
+    st.booleans(),
+)
+def test_any_data_in_any_groups_is_read_once_an_epoch(
+    sizes: list[int], shards: int, limit: int, capacity: tuple[int, int, int], patched: bool
+) -> None:
+    documents = [b"%d " % index + b"ab " * (size // 3) for index, size in enumerate(sizes)]
+    tokens, patches, most = capacity
+    with tempfile.TemporaryDirectory() as folder:
+        write = write_patched if patched else write_documents
+        directory = write(Path(folder) / "d", documents, num_shards=shards)
+        room = Capacity(tokens=tokens, patches=patches if patched else 0, documents=most)
+        stream = SequenceStream({"d": source_stream(directory, room, group_documents=limit)})
+        targets: Counter[tuple[bytes, int]] = Counter()
+        index, epoch = 0, 0.0
+        builder = BatchBuilder(room, 1)
+        while epoch < 2:
+            plan, row = stream.sequences(index, 1)[0]
+            # That the batch holds what the plan says, the tests of the loader show.
+            assert int((builder.build([(plan, row)]).targets != IGNORED_TARGET).sum()) == plan.sequence_tokens[row]
+            for content, start, end in contents_of(plan, row):
+                targets.update((content, token) for token in range(start, end))
+            epoch = stream.figures(index, 1).epoch
+            index += 1
+    assert epoch == 2
+    assert targets == Counter({(content, token): 2 for content in documents for token in range(len(content) + 1)})
 
 
 @pytest.mark.parametrize("patched", [False, True])

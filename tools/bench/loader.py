@@ -1,6 +1,6 @@
 """Bytes per second of one loader worker, from patched shards to packed tensors, against JSON lines and Python lists.
 
-    uv run python -m tools.bench.loader [--megabytes 64] [--tokens 8192] [--sequences 8] [--repeats 3]
+    uv run python -m tools.bench.loader [--megabytes 32] [--tokens 8192] [--sequences 8] [--repeats 3]
 
 The text is the running Python's standard library, cut into documents as long as those of FineWeb-Edu (log-normal, 5 kB
 on average, half of them below 3 kB), patched where random entropies are high, 4.5 bytes on average. Both sides read the
@@ -259,7 +259,7 @@ def add_sums(found: npt.NDArray[np.int64], plan: Plan, index: int, targets: npt.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=64, help="bytes of text, in units of 2^20")
+    parser.add_argument("--megabytes", type=int, default=32, help="bytes of text, in units of 2^20")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per sequence")
     parser.add_argument("--sequences", type=int, default=8, help="sequences per batch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side; the median counts")

@@ -115,7 +115,7 @@ class DataConfig:
     """Threads of each process that build batches; 0 builds them in the training thread. Batches are the same."""
 
     prefetch: int = 4
-    """Micro batches that the loader's threads keep ready ahead of the model."""
+    """Micro batches that the loader's threads keep ready ahead of the model; at least one per thread."""
 
     @property
     def training_sources(self) -> Mapping[str, SourceConfig]:

@@ -77,7 +77,8 @@ class Loader:
             first_step: step to begin with, from 0: all the state there is.
             end_step: step to end before.
             workers: threads that build batches; 0 builds each when it is asked for.
-            prefetch: micro batches that are ready or being built ahead of the one that is read; at least 1.
+            prefetch: micro batches that are ready or being built ahead of the one that is read; at least 1, and never
+                fewer than workers.
             pin: make pinned tensors; the present CUDA device is the one to copy to.
             static_shapes: see `BatchBuilder`.
         """
@@ -87,7 +88,7 @@ class Loader:
         self._builder = BatchBuilder(
             stream.capacity, part.sequences_per_micro_batch, pin=pin, static_shapes=static_shapes
         )
-        self._prefetch = prefetch
+        self._ahead = max(prefetch, workers)
         self._pool: ThreadPoolExecutor | None = None
         if workers:
             # A new thread's CUDA device is the first one, whatever this one's is.
@@ -114,7 +115,7 @@ class Loader:
             yield from itertools.starmap(self.batch, tasks)
             return
         pending: deque[Future[MicroBatch]] = deque()
-        for task in itertools.islice(tasks, self._prefetch):
+        for task in itertools.islice(tasks, self._ahead):
             pending.append(self._pool.submit(self._work, *task))
         while pending:
             batch = pending.popleft()

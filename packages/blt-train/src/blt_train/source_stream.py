@@ -120,7 +120,9 @@ class SourceStream:
         number, row = self.locate(count - 1)
         epoch, group = self.place(number)
         before, after = self.groups.shares_of_epoch(epoch)[group : group + 2]
-        return epoch + before + (after - before) * ((row + 1) / (self._starts[number + 1] - self._starts[number]))
+        done = (row + 1) / (self._starts[number + 1] - self._starts[number])
+        # Both terms are exact at either end.
+        return epoch + (before * (1 - done) + after * done)
 
     def claim_next(self, index: int) -> int | None:
         """Return the group after that of a sequence if it is large and nobody has planned or claimed it yet.
