@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -67,7 +68,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, window_s
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[None]:
     """Let code run as on a GPU, on tensors without content, with the attention that half precision takes there."""
-    import torch.nn.attention.varlen
+    importlib.import_module("torch.nn.attention.varlen")  # registers the operation
 
     before = attention._VARLEN_OPTIONS
     attention._VARLEN_OPTIONS = frozenset({"window_size"})

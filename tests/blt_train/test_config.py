@@ -113,7 +113,7 @@ def test_files_that_are_no_config(data: bytes, message: str, tmp_path: Path) -> 
     ("name", "hint"),
     [
         ("nowhere.yaml", "no such config file, nor one of the package's configs (blt-train configs lists them)"),
-        ("debug-bltt", "did you mean debug-blt?"),
+        ("debug-bltt", "did you mean debug-blt"),
         ("blt-1b", "did you mean blt-1b-dclm-h100x"),
         ("debug blt", "did you mean debug-blt"),
     ],

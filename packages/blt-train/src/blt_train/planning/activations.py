@@ -25,17 +25,6 @@ from blt_train.config import ActivationCheckpointing
 
 _FLOAT32 = 4
 _INT64 = 8
-#: Names of the parts, in the order of the forward pass.
-PARTS = (
-    "embedding",
-    "encoder",
-    "encoder_cross_attention",
-    "latent",
-    "decoder",
-    "decoder_cross_attention",
-    "transformer",
-    "logits",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +135,9 @@ class ActivationModel:
             config.decoder.head_dim,
         )
         latent = self._stack(config.latent, mode, self.compute_bytes) + self._rotary(config.latent, mode)
+        decoder = self._stack(config.decoder, mode, _FLOAT32)
+        if not shares_layout:
+            decoder += self._rotary(config.decoder, mode)
         if config.projects_patches:
             latent += self.compute_bytes * config.patch_dim
         return {
@@ -153,11 +145,7 @@ class ActivationModel:
             "encoder": tokens * (self._stack(config.encoder, mode, _FLOAT32) + self._rotary(config.encoder, mode)),
             "encoder_cross_attention": self._patches_read_bytes(config, tokens, patches),
             "latent": patches * latent,
-            "decoder": tokens
-            * (
-                self._stack(config.decoder, mode, _FLOAT32)
-                + (0 if shares_layout else self._rotary(config.decoder, mode))
-            ),
+            "decoder": tokens * decoder,
             "decoder_cross_attention": self._bytes_read_patches(config, tokens, patches),
             "logits": tokens * self._head(config.decoder.dim),
         }

@@ -26,7 +26,9 @@ EXIT_DOES_NOT_FIT = 3
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--gpus", type=click.IntRange(min=1), help="Number of GPUs; plan.gpus of the config by default.")
-@click.option("--gpu", type=click.Choice(list(GpuName)), help="Kind of GPU; plan.gpu of the config by default.")
+@click.option(
+    "--gpu", type=click.Choice([str(name) for name in GpuName]), help="Kind of GPU; plan.gpu of the config by default."
+)
 @click.option("--mfu", type=float, help="Model FLOP utilisation to reckon with; plan.mfu of the config by default.")
 @click.option("--bytes", "total_bytes", type=ByteSize(), help="Train on so much text instead of schedule.total_steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

@@ -8,13 +8,14 @@ H100 of 80 GB has 85.0e9 bytes).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from blt_model import BLT
+from blt_model import BLTConfig
 from blt_model import ModelConfig as ArchitectureConfig
 from blt_train.config import ActivationCheckpointing, OptimizerName, Precision, TrainConfig
 from blt_train.optim.groups import Member, Role, members
@@ -62,14 +63,12 @@ class MemoryModel:
         self._world_size = world_size
         self._shard_size = config.parallel.shard_size(world_size)
         self._is_half = config.precision is Precision.BFLOAT16
-        model, _ = meta_model(architecture)
-        self._members = members(model)
+        self._members, self._units = _sizes(architecture)
         self._tables = {member.name for member in self._members if "hash_embedding" in member.name.split(".")}
-        self._units = [sum(_count(module) for module in unit) for unit in units(model)]
         self._table_width, self._lookups = 0, 0
-        if isinstance(model, BLT) and model.encoder.hash_embedding is not None:
-            self._table_width = model.config.encoder.dim
-            self._lookups = model.config.hash_embedding.num_tables
+        if isinstance(architecture, BLTConfig):
+            self._table_width = architecture.encoder.dim
+            self._lookups = architecture.hash_embedding.num_tables
         self._activations = ActivationModel(
             architecture=architecture, compute_bytes=_BFLOAT16 if self._is_half else _FLOAT32, is_cpu=False
         )
@@ -214,6 +213,13 @@ class MemoryModel:
             return copies
         largest = max(member.parameter.numel() for member in self._members if member.role is Role.MATRIX)
         return copies + _BFLOAT16 * _MUON_COPIES * largest
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(architecture: ArchitectureConfig) -> tuple[tuple[Member, ...], tuple[int, ...]]:
+    """Return all parameters, without memory, and the numbers in each unit that is gathered at once."""
+    model, _ = meta_model(architecture)
+    return tuple(members(model)), tuple(sum(_count(module) for module in unit) for unit in units(model))
 
 
 def _count(module: nn.Module) -> int:

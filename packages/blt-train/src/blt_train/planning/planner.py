@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -134,7 +135,7 @@ def make_plan(config: TrainConfig, *, total_bytes: float | None = None) -> RunPl
         gpu=str(assumed.gpu),
         gpus=assumed.gpus,
         assumptions=assumed,
-        parameters=parameter_counts(architecture),
+        parameters=dict(_parameters(architecture)),
         forward_flops_per_byte=parts,
         training_flops_per_byte=training,
         bytes_per_step=bytes_per_step,
@@ -193,6 +194,9 @@ def micro_batch(config: TrainConfig, architecture: ArchitectureConfig) -> Batch:
             wanted = -(-wanted // _PATCH_MULTIPLE) * _PATCH_MULTIPLE
         patches = sequences * wanted
     return Batch(tokens=sequences * tokens, patches=patches, micro_batches=micro_batches)
+
+
+_parameters = functools.lru_cache(maxsize=64)(parameter_counts)
 
 
 def _memory(config: TrainConfig, architecture: ArchitectureConfig, batch: Batch) -> dict[str, dict[str, int]]:
