@@ -1,6 +1,6 @@
 """A program whose processes read a checkpoint on one mesh and write it again, as any trainer would.
 
-    python checkpoint_ranks.py ROOT STEP PROCESSES/SHARD_RANKS[/BYTES]…
+    python -m tests.blt_train.checkpoint_ranks ROOT STEP PROCESSES/SHARD_RANKS[/BYTES]…
 
 ROOT/run has a checkpoint of STEP. For each PROCESSES/SHARD_RANKS in turn so many processes read the latest checkpoint
 into a model sharded over so many ranks, and write it as the next step, the tensors being changed as soon as saving

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 
 from blt_data.shards import Manifest, ShardDirectory, ShardKind, write_manifest, write_shard
 from blt_patcher import PatchScheme, SpaceScheme, patch_document, scheme_to_json
 from blt_train import TrainConfig, load_config, read_metrics
 from blt_train.batches import MicroBatch
+from blt_train.checkpoint import Section
+from blt_train.checkpoint.sections import open_section
 from blt_train.documents import DocumentTable, read_documents
 from blt_train.groups import ShardGroups
 from blt_train.metrics import Metrics
@@ -147,12 +148,26 @@ def without_times(metrics: Iterable[Metrics]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not measured.fullmatch(key)} for row in rows]
 
 
+def section_tensors(checkpoint: Path, section: Section) -> dict[str, torch.Tensor]:
+    """A section's tensors, from however many files."""
+    reader = open_section(checkpoint, section)
+    tensors = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in reader.tensors.items()}
+    for name, tensor in tensors.items():
+        reader.read(name, tensor)
+    return tensors
+
+
+def assert_same_tensors(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """The same names, each with the same numbers, to the bit."""
+    assert sorted(mine) == sorted(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert all(mine[name].dtype == theirs[name].dtype for name in mine)
+
+
 def assert_same_run(run: Path, other: Path) -> None:
     """Two runs ended with bit-identical weights and optimizers, and equal metrics."""
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        mine, theirs = load_file(run / "latest" / name), load_file(other / "latest" / name)
-        assert sorted(mine) == sorted(theirs)
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    for section in (Section.MODEL, Section.OPTIMIZER):
+        assert_same_tensors(section_tensors(run / "latest", section), section_tensors(other / "latest", section))
     steps, evaluations = read_metrics(run)
     other_steps, other_evaluations = read_metrics(other)
     assert without_times(steps) == without_times(other_steps)

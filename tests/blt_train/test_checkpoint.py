@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.blt_train.samples import blt_config
+from tests.blt_train.samples import assert_same_tensors, blt_config, section_tensors
 from torch import nn
 
 from blt_model import load
@@ -30,7 +29,6 @@ from blt_train.checkpoint import (
     package_versions,
     read_trainer_state,
 )
-from blt_train.checkpoint.sections import open_section
 from blt_train.config import CheckpointConfig
 from blt_train.config_parsing import config_to_mapping
 from blt_train.errors import CheckpointError
@@ -39,7 +37,7 @@ from blt_train.optim import make_optimizer
 from blt_train.parallel.building import new_model
 from blt_train.runtime import Runtime
 
-HELPER = Path(__file__).with_name("checkpoint_ranks.py")
+HELPER = "tests.blt_train.checkpoint_ranks"
 RUNTIME = Runtime(device=torch.device("cpu"))
 
 
@@ -106,29 +104,21 @@ class Copies:
 
 
 @pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Copies:
+def copies(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Copies:
     """Checkpoint 1 of one process, and one more for each layout; nobody writes to it."""
     root = tmp_path_factory.mktemp("copies")
     one = OneProcess(root)
     one.save(1)
     done = subprocess.run(
-        [sys.executable, str(HELPER), str(root), "1", *LAYOUTS],
+        [sys.executable, "-m", HELPER, str(root), "1", *LAYOUTS],
         capture_output=True,
         text=True,
         timeout=280,
         check=True,
+        cwd=repository,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return Copies(one, done.stdout, done.stderr)
-
-
-def whole(checkpoint: Path, section: Section) -> dict[str, torch.Tensor]:
-    """A section's tensors, from however many files."""
-    reader = open_section(checkpoint, section)
-    tensors = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in reader.tensors.items()}
-    for name, tensor in tensors.items():
-        reader.read(name, tensor)
-    return tensors
 
 
 def test_any_mesh_reads_what_any_other_wrote(copies: Copies, tmp_path: Path) -> None:
@@ -139,7 +129,7 @@ def test_any_mesh_reads_what_any_other_wrote(copies: Copies, tmp_path: Path) -> 
         assert read_trainer_state(checkpoint).processes == processes
         assert len(list(checkpoint.iterdir())) == 2 + 2 * processes
         for section, tensors in one.sections().items():
-            assert_same_tensors(whole(checkpoint, section), tensors)
+            assert_same_tensors(section_tensors(checkpoint, section), tensors)
     # One process reads them too, into a model and an optimizer of its own, and other packages see a model directory.
     other = OneProcess(tmp_path)
     for parameter in other.model.parameters():
@@ -151,12 +141,6 @@ def test_any_mesh_reads_what_any_other_wrote(copies: Copies, tmp_path: Path) -> 
     assert_same_tensors(other.model.state_dict(), one.model.state_dict())
     assert_same_tensors(optimizer_tensors(other.model, fresh), optimizer_tensors(one.model, one.optimizer))
     assert_same_tensors(load(checkpoint).model.state_dict(), one.model.state_dict())
-
-
-def assert_same_tensors(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    assert sorted(mine) == sorted(theirs)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert all(mine[name].dtype == theirs[name].dtype for name in mine)
 
 
 def test_every_process_writes_its_share_and_no_row_twice(copies: Copies) -> None:
@@ -208,7 +192,7 @@ def test_tensors_may_change_when_saving_returns(tmp_path: Path, asynchronous: bo
     for step in (1, 2):
         checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
         for section, tensors in expected.items():
-            found = whole(checkpoint, section)
+            found = section_tensors(checkpoint, section)
             assert all(torch.equal(found[name], tensors[name] + (step - 1)) for name in tensors)
 
 
