@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from blt_model import attention
 
 
-class _Storages(TorchDispatchMode):
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Remembers the storage of every tensor that an operation returns, as long as something holds it."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._seen: dict[int, tuple[weakref.ref[Any], int]] = {}
 
@@ -53,7 +53,7 @@ def held_bytes(forward: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
     """
     with _Storages(known) as storages:
         loss = forward()
-        held = storages.live_bytes()
+        held: int = storages.live_bytes()
     del loss
     return held
 
@@ -72,7 +72,7 @@ def pretended_cuda() -> Iterator[None]:
 
     before = attention._VARLEN_OPTIONS
     attention._VARLEN_OPTIONS = frozenset({"window_size"})
-    attention.varlen_attn = _varlen  # type: ignore[attr-defined]  # imported there only beside a GPU
+    attention.varlen_attn = _varlen  # type: ignore[assignment, attr-defined]  # beside a GPU alone it is torch's
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield

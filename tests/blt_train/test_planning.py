@@ -74,7 +74,7 @@ def forward_bytes(name: str, overrides: Mapping[str, Any], mode: ActivationCheck
         if is_cuda:
             fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
             moved = {key: empty_on(device, item) for key, item in fields.items() if isinstance(item, Tensor)}
-            batch, targets = dataclasses.replace(batch, **moved), empty_on(device, targets)
+            batch, targets = PackedBatch(**{**fields, **moved}), empty_on(device, targets)
         held = []
 
         def forward() -> Tensor:
@@ -83,7 +83,7 @@ def forward_bytes(name: str, overrides: Mapping[str, Any], mode: ActivationCheck
             held.append(logits)
             return cross_entropy_and_z_sum(logits, targets, 0.0)[0]
 
-        inputs = [item for item in (getattr(batch, field.name) for field in dataclasses.fields(batch))]
+        inputs = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
         known = [*model.parameters(), targets, *(item for item in inputs if isinstance(item, Tensor))]
         return held_bytes(forward, known)
 
