@@ -292,8 +292,8 @@ class JobAgent(LocalElasticAgent):
 
     def _lost(self, board: Board, node: int) -> Failure:
         what = (
-            f"node {node} of {self._options.nodes} ({board.hosts[node]}) no longer answers: its launcher was killed, or "
-            "the machine is gone"
+            f"node {node} of {self._options.nodes} ({board.hosts[node]}) no longer answers: its launcher was killed, "
+            "or the machine is gone"
         )
         return Failure(cause=Cause.NODE_LOST, what=what, mend=ALL_AGAIN, time=time.time())
 
