@@ -21,7 +21,7 @@ from tests.blt_train.records import evaluation_of, step_of, write_run
 
 from blt_train import CheckpointError
 from blt_train.cli import main
-from blt_train.metrics import METRICS_NAME, to_line
+from blt_train.metrics import METRICS_NAME, Metrics, to_line
 from blt_train.report.comparison import config_rows, page_data, render_comparison, write_comparison
 from blt_train.report.run_data import AXES, COLUMNS, MAX_EVALUATIONS, Thinned, names_of, read_run
 from blt_train.report.series import MAX_POINTS, Thinner
@@ -33,7 +33,7 @@ def make_run(run: Path, steps: int, *, rate: float = 0.1, total: int | None = No
     """A run with an evaluation at both ends."""
     sources = {"web": 0.25, "wiki": 0.75} if mixed else None
     held_out = {"web": 2.0, "wiki": 1.0} if mixed else None
-    lines = [
+    lines: list[Metrics] = [
         evaluation_of(0, 8.0, held_out),
         *(step_of(step, sources=sources) for step in range(1, steps + 1)),
         evaluation_of(steps, 1.5, held_out),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import threading
@@ -80,11 +81,10 @@ def wandb_messages(file: Path) -> Iterator[bytes]:
 
 def wandb_history(run: Path) -> Iterator[dict[str, Any]]:
     """Rows of the history in all offline files of a run, oldest file first."""
-    from wandb.proto import wandb_internal_pb2
-
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
     for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for message in wandb_messages(file):
-            record = wandb_internal_pb2.Record()
+            record = messages.Record()
             record.ParseFromString(message)
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item

@@ -26,13 +26,14 @@ from blt_data import frame
 from blt_model import SamplingOptions, next_byte_entropy, pack_documents
 from blt_model.weights.native import load_model, model_fingerprint, save_model
 from blt_patcher import EntropyScheme
-from blt_train import ConfigError, evaluate, generate, read_metrics, train
+from blt_train import ConfigError, TrainConfig, evaluate, generate, read_metrics, train
 from blt_train.evaluation import evaluate_holdouts
 from blt_train.inputs import architecture_of_config
 from blt_train.metrics import Metrics, StepMetrics
 from blt_train.parallel.seeding import fresh_model
 from blt_train.runtime import Runtime
 from blt_train.samples import read_samples
+from blt_train.trace_table import costs_on_cpu, costs_on_gpu, trace_table
 from blt_train.training_samples import TEMPERATURE
 from blt_train.update_norm import UpdateNorm
 
@@ -50,9 +51,9 @@ class StopAfter:
             raise InterruptedError("stopped by the test")
 
 
-def launch_until(step: int, config: object) -> None:
+def launch_until(step: int, config: TrainConfig) -> None:
     with pytest.raises(InterruptedError):
-        train(config, on_progress=StopAfter(step))  # type: ignore[arg-type]
+        train(config, on_progress=StopAfter(step))
 
 
 def test_update_norm_is_that_of_the_change() -> None:
@@ -167,15 +168,15 @@ def test_a_resumed_run_tells_what_an_undisturbed_one_does(workplace: Path) -> No
     launch_until(5, parts)
     launch_until(8, parts)
     train(parts)
-    for mine, other in zip(read_metrics(workplace / "parts"), read_metrics(workplace / "whole"), strict=True):
-        assert without_times(mine) == without_times(other)
+    told = [[without_times(part) for part in read_metrics(workplace / name)] for name in ("parts", "whole")]
+    assert told[0] == told[1]
     lines = [(workplace / name / "samples.jsonl").read_bytes() for name in ("parts", "whole")]
     assert lines[0] == lines[1]
     assert lines[0].count(b"\n") == 2 * 6  # steps 0, 2, 4, 6, 8 and 9
     boards = [EventAccumulator(str(workplace / name / "tensorboard")).Reload() for name in ("parts", "whole")]
     for tag in ("train/loss", "holdout/bpb"):
-        told = [[(event.step, event.value) for event in board.Scalars(tag)] for board in boards]
-        assert told[0] == told[1]
+        shown = [[(event.step, event.value) for event in board.Scalars(tag)] for board in boards]
+        assert shown[0] == shown[1]
     assert boards[0].Tags() == boards[1].Tags()
 
 
@@ -231,8 +232,32 @@ def test_profiles_are_chrome_traces(workplace: Path, capfd: pytest.CaptureFixtur
     assert "aten::mm" in names or "aten::addmm" in names
     assert any("AdamW" in str(name) for name in names)
     table = (folder / "steps-00000002-00000003.txt").read_text(encoding="utf-8")
-    assert "Self CPU" in table
+    assert "operators on the CPU" in table
+    assert "aten::" in table
+    assert "GPU kernels" not in table
     assert table in capfd.readouterr().err
+
+
+def test_the_table_of_a_trace_counts_nested_calls_once() -> None:
+    def event(name: str, start: float, duration: float, category: str = "cpu_op", thread: int = 1) -> dict[str, object]:
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "pid": 1, "tid": thread}
+
+    events = [
+        event("inner", 2, 3),
+        event("outer", 0, 10),
+        event("outer", 20, 5),
+        event("innermost", 3, 1),
+        event("inner", 20, 4),  # begins with its caller
+        event("outer", 4, 7, thread=2),
+        event("mm", 0, 4, "kernel"),
+        event("mm", 9, 6, "kernel"),
+        {"ph": "i", "cat": "cpu_op", "name": "no duration", "ts": 0},
+    ]
+    found = {name: (cost.calls, cost.microseconds) for name, cost in costs_on_cpu(events).items()}
+    assert found == {"outer": (3, 15), "inner": (2, 6), "innermost": (1, 1)}
+    assert {name: (cost.calls, cost.microseconds) for name, cost in costs_on_gpu(events).items()} == {"mm": (2, 10)}
+    table = trace_table(events)
+    assert table.index("GPU kernels and copies: 0.0 ms") < table.index("operators on the CPU")
 
 
 def test_a_profile_of_the_last_step_or_beyond_the_end(workplace: Path) -> None:

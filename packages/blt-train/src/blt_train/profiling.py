@@ -8,6 +8,7 @@ metrics; the numbers of training stay the same.
 from __future__ import annotations
 
 import gzip
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,13 +23,12 @@ from blt_train.config import LoggingConfig
 from blt_train.errors import ConfigError
 from blt_train.files import naming
 from blt_train.runtime import Runtime
+from blt_train.trace_table import trace_table
 
 log = logging.getLogger(__name__)
 
 DIRECTORY_NAME = "profile"
 
-#: Operators in the table of the most expensive ones.
-_TABLE_ROWS = 25
 #: Allocations and frees that a memory record holds; the oldest are dropped beyond.
 _MEMORY_EVENTS = 1_000_000
 
@@ -119,8 +119,6 @@ class StepProfiler:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._write_trace(recording, self._directory / f"{name}.json.gz")
-            if self._runtime.is_main:
-                self._write_table(recording, self._directory / f"steps-{self._first:08d}-{self._last:08d}.txt")
             if self._records_memory:
                 self._write_memory(self._directory / f"{name}-memory.pickle")
         except OSError as error:
@@ -130,18 +128,19 @@ class StepProfiler:
         plain = path.with_name(f".{path.name.removesuffix('.gz')}")
         packed = path.with_name(f".{path.name}")
         recording.export_chrome_trace(str(plain))
+        if self._runtime.is_main:
+            self._write_table(plain, path.with_name(f"steps-{self._first:08d}-{self._last:08d}.txt"))
         with naming(packed), plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
             shutil.copyfileobj(source, target)
         plain.unlink()
         packed.replace(path)
         log.info("profile: %s", path)
 
-    def _write_table(self, recording: profile, path: Path) -> None:
-        by = "self_cuda_time_total" if self._runtime.device.type == "cuda" else "self_cpu_time_total"
-        table = recording.key_averages().table(sort_by=by, row_limit=_TABLE_ROWS, max_name_column_width=60)
+    def _write_table(self, trace: Path, path: Path) -> None:
+        table = trace_table(json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"])
         with naming(path):
             path.write_text(table, encoding="utf-8")
-        click.echo(f"operators that took the most time in steps {self._first} to {self._last}:\n{table}", err=True)
+        click.echo(f"what took the most time in steps {self._first} to {self._last}:\n{table}", err=True)
 
     def _write_memory(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}")
