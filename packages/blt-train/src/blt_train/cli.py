@@ -181,9 +181,16 @@ def _print_summary(result: TrainResult) -> None:
 @click.option("--sequence-tokens", type=click.IntRange(min=2), help="Cut longer documents; as in training by default.")
 @click.option("--precision", type=click.Choice([str(item) for item in Precision]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--ema", "averaged", is_flag=True, help="The moving average of the weights, if the run kept one.")
 @friendly_errors
 def evaluate_command(
-    checkpoint: Path, data: Path, max_bytes: int | None, sequence_tokens: int | None, precision: str, device: str
+    checkpoint: Path,
+    data: Path,
+    max_bytes: int | None,
+    sequence_tokens: int | None,
+    precision: str,
+    device: str,
+    averaged: bool,
 ) -> None:
     """Print bits per byte of a model on held-out documents."""
     from blt_train.evaluation import evaluate
@@ -196,6 +203,7 @@ def evaluate_command(
             sequence_tokens=sequence_tokens,
             precision=Precision(precision),
             device=device,
+            averaged=averaged,
             progress=bar,
         )
     print_table(

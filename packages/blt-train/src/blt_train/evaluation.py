@@ -22,6 +22,7 @@ from blt_model import ByteLM
 from blt_model.loss import CHUNK_TOKENS
 from blt_model.packed import IGNORED_TARGET
 from blt_model.weights.native import load_model
+from blt_train.averages import take_averages
 from blt_train.batches import BatchBuilder
 from blt_train.checkpoint import TRAINER_NAME, Model, checkpoint_directory, read_trainer_state
 from blt_train.config import DEFAULT_SEQUENCE_TOKENS, Precision
@@ -84,6 +85,7 @@ def evaluate(
     sequences_per_batch: int = 8,
     precision: Precision = Precision.FLOAT32,
     device: str = "auto",
+    averaged: bool = False,
     progress: ProgressBar | None = None,
 ) -> Evaluation:
     """Evaluate a model on a shard directory.
@@ -97,6 +99,7 @@ def evaluate(
         sequences_per_batch: sequences per forward pass.
         precision: of the forward pass.
         device: `auto`, `cpu` or `cuda`.
+        averaged: take the moving average of the weights, which a run keeps where `optimizer.ema_decay` is set.
         progress: told of raw bytes done.
 
     Returns:
@@ -109,6 +112,8 @@ def evaluate(
     """
     directory = checkpoint_directory(checkpoint)
     model = load_model(directory, device=choose_device(device))
+    if averaged:
+        take_averages(model, directory)
     shards = open_shards(data, model.config, verify=True)
     if (directory / TRAINER_NAME).exists():
         state = read_trainer_state(directory)

@@ -32,6 +32,7 @@ def export_model(
     *,
     format: ExportFormat | str = ExportFormat.NATIVE,
     entropy_model: str | os.PathLike[str] | None = None,
+    averaged: bool = False,
 ) -> OpenedModel:
     """Write a trained model, with its entropy model and patch scheme, to a directory of its own.
 
@@ -43,6 +44,7 @@ def export_model(
         output: made; must not exist, or be empty.
         format: of the directory.
         entropy_model: the model that scored the training data, if it does not come with the model.
+        averaged: write the moving average of the weights, which a run keeps where `optimizer.ema_decay` is set.
 
     Returns:
         What was written.
@@ -55,7 +57,7 @@ def export_model(
     target = Path(output)
     if not os.fspath(output) or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise ConfigError(f"{os.fspath(output)!r} is not empty; name a new directory as --output")
-    opened = open_model(source, entropy_model=entropy_model, device="cpu")
+    opened = open_model(source, entropy_model=entropy_model, device="cpu", averaged=averaged)
     if ExportFormat(format) is ExportFormat.NATIVE:
         _write_native(opened, target)
         return opened

@@ -28,10 +28,11 @@ _ENTROPY_MODEL = click.option(
     help="native: config, weights, patch scheme and entropy model; transformers: for BltForCausalLM.from_pretrained.",
 )
 @_ENTROPY_MODEL
+@click.option("--ema", "averaged", is_flag=True, help="The moving average of the weights, if the run kept one.")
 @friendly_errors
-def export_command(source: str, output: Path, layout: str, entropy_model: Path | None) -> None:
+def export_command(source: str, output: Path, layout: str, entropy_model: Path | None, averaged: bool) -> None:
     """Write the model of SOURCE, a run or a checkpoint, to a directory that needs no run."""
-    _exchange(source, output, layout, entropy_model, "exported")
+    _exchange(source, output, layout, entropy_model, "exported", averaged=averaged)
 
 
 @click.command("import", epilog="Example: blt-train import facebook/blt-1b --output models/blt-1b")
@@ -48,8 +49,10 @@ def import_command(source: str, output: Path, entropy_model: Path | None) -> Non
     _exchange(source, output, "native", entropy_model, "imported")
 
 
-def _exchange(source: str, output: Path, layout: str, entropy_model: Path | None, what: str) -> None:
+def _exchange(
+    source: str, output: Path, layout: str, entropy_model: Path | None, what: str, *, averaged: bool = False
+) -> None:
     from blt_train.exchange import describe, export_model
 
-    opened = export_model(source, output, format=layout, entropy_model=entropy_model)
+    opened = export_model(source, output, format=layout, entropy_model=entropy_model, averaged=averaged)
     print_table(f"{what} {source} as {layout}: {output}", describe(opened))

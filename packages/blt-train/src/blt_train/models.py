@@ -12,6 +12,7 @@ from blt_model import BLT, ByteLM
 from blt_model.weights.loading import ENTROPY_MODEL_DIRECTORY, PATCHING_FILE
 from blt_model.weights.native import load_model
 from blt_patcher import PatchScheme, scheme_from_json
+from blt_train.averages import take_averages
 from blt_train.checkpoint import LATEST_NAME, TRAINER_NAME, TrainerState, checkpoint_directory, read_trainer_state
 from blt_train.errors import CheckpointError, ConfigError
 from blt_train.inputs import open_entropy_model
@@ -42,6 +43,7 @@ def open_model(
     *,
     entropy_model: str | os.PathLike[str] | None = None,
     device: str = "auto",
+    averaged: bool = False,
 ) -> OpenedModel:
     """Open a model of a training run, or a model directory of any format that blt-model reads.
 
@@ -50,23 +52,30 @@ def open_model(
             a repository of the Hugging Face hub.
         entropy_model: the model that scored the training data; None for the one that comes with the model.
         device: `auto`, `cpu` or `cuda`.
+        averaged: take the moving average of the weights, which a run keeps where `optimizer.ema_decay` is set.
 
     Raises:
-        CheckpointError: there is no such model, or a BLT's patch scheme or entropy model is missing.
+        CheckpointError: there is no such model, or a BLT's patch scheme, its entropy model or the average is missing.
         ConfigError: the entropy model is another than the one that scored the training data, or is none.
         ModelError: the weights are damaged or of an unknown format.
     """
     path = Path(source)
     if (path / TRAINER_NAME).exists() or (path / LATEST_NAME).is_symlink() or (path / LATEST_NAME).exists():
-        return _open_trained(checkpoint_directory(path), entropy_model, device)
+        return _open_trained(checkpoint_directory(path), entropy_model, device, averaged=averaged)
+    if averaged:
+        raise CheckpointError(f"{path}: is no run or checkpoint, which alone have averaged weights: leave out --ema")
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json")):
         checkpoint_directory(path)  # says what is missing
     return _open_loaded(source, entropy_model, device)
 
 
-def _open_trained(directory: Path, entropy_model: str | os.PathLike[str] | None, device: str) -> OpenedModel:
+def _open_trained(
+    directory: Path, entropy_model: str | os.PathLike[str] | None, device: str, *, averaged: bool
+) -> OpenedModel:
     chosen = choose_device(device)
     model = load_model(directory, device=chosen)
+    if averaged:
+        take_averages(model, directory)
     scheme, scorer, resets = None, None, False
     if not isinstance(model, ByteLM):
         if not (directory / TRAINER_NAME).exists():
