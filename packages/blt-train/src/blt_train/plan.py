@@ -121,6 +121,11 @@ def _take_patches(
         room: free tokens and free patches of the sequence.
         limit: tokens of an empty sequence; only patches longer than that are split.
     """
+    first = min(int(lengths[patch]) - skip, total - start)
+    left = lengths.size - patch + (1 if start > 0 and first > 1 else 0)
+    if total - start <= room[0] and left <= room[1]:
+        # All of it: its patches need not be looked at one by one.
+        return total - start, left, lengths.size, 0
     tokens, patches = 0, 0
     while start + tokens < total:
         rest = min(int(lengths[patch]) - skip, total - start - tokens)
