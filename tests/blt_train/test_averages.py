@@ -33,7 +33,7 @@ def test_averaged_weights_are_evaluated_and_exported(workplace: Path, tmp_path: 
     data = workplace / "patched-holdout"
     plain, other = (evaluate(result.run, data, averaged=averaged).bpb for averaged in (False, True))
     assert plain != other
-    assert evaluate(tmp_path / "exported-averaged", data).bpb == pytest.approx(other, rel=1e-6)
+    assert evaluate(tmp_path / "exported-averaged", data, sequence_tokens=256).bpb == pytest.approx(other, rel=1e-6)
 
 
 def test_averages_that_are_not_there(workplace: Path, tmp_path: Path) -> None:
