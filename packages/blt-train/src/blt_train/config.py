@@ -548,3 +548,6 @@ class TrainConfig:
         if self.threads is not None:
             rule = f"at least 1 and at most {MAX_THREADS}, or null"
             _require(1 <= self.threads <= MAX_THREADS, "threads", self.threads, rule)
+        if self.parallel.float8:
+            rule = "bfloat16 where parallel.float8 is true"
+            _require(self.precision is Precision.BFLOAT16, "precision", str(self.precision), rule)

@@ -33,6 +33,7 @@ from blt_train.metrics import EvaluationMetrics, StepMetrics, is_last_evaluation
 from blt_train.nonfinite import NonfiniteSteps
 from blt_train.optim import make_optimizer
 from blt_train.parallel.building import new_model
+from blt_train.parallel.float8 import check_float8
 from blt_train.parallel.sharding import free_gathered
 from blt_train.profiling import StepProfiler, check_profiling
 from blt_train.reporting import OnProgress, Reporter, open_reporter, step_metrics
@@ -126,6 +127,9 @@ class Trainer:
         self._run, self._stop = run, stop
         # Both refuse what cannot be done before time is spent on the model.
         check_profiling(config.logging, runtime.device)
+        if config.parallel.float8:
+            sequences = config.batch.sequences_per_micro_batch
+            check_float8(runtime.device, (inputs.capacity.tokens * sequences, inputs.capacity.patches * sequences))
         self._sampler = TrainingSampler(inputs, runtime)
         checkpoint = run.latest()
         if checkpoint is None:
@@ -185,7 +189,7 @@ class Trainer:
             workers=config.data.workers,
             prefetch=config.data.prefetch,
             pin=self.runtime.device.type == "cuda",
-            static_shapes=config.compile,
+            static_shapes=config.compile or config.parallel.float8,
         )
         status = 0
         with loader, StepProfiler(config.logging, self._run.path, self.runtime) as profiler:

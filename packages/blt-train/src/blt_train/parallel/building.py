@@ -13,6 +13,7 @@ from blt_model import BLT, ByteLM
 from blt_model import ModelConfig as ArchitectureConfig
 from blt_train.config import Precision, TrainConfig
 from blt_train.parallel.compilation import compile_blocks
+from blt_train.parallel.float8 import use_float8
 from blt_train.parallel.recomputation import recompute_blocks
 from blt_train.parallel.seeding import fill_weights, meta_model
 from blt_train.parallel.sharding import shard_model
@@ -31,8 +32,13 @@ def empty_model(
 
     Returns:
         The model, and how its weights begin, for `fill_weights`.
+
+    Raises:
+        ConfigError: float8 is asked for, and torchao is not installed.
     """
     model, deviations = meta_model(architecture)
+    if config.parallel.float8:
+        use_float8(model)
     recompute_blocks(model, config.parallel.activation_checkpointing)
     if config.compile:
         compile_blocks(model)
@@ -53,6 +59,9 @@ def new_model(
         config: of the run.
         device: where this rank computes.
         mesh: of all ranks; None for one process.
+
+    Raises:
+        ConfigError: float8 is asked for, and torchao is not installed.
     """
     model, deviations = empty_model(architecture, config, device, mesh)
     fill_weights(model, deviations, config.seed)

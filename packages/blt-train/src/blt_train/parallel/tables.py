@@ -119,4 +119,3 @@ class ShardedHashEmbedding(HashEmbedding):
         asked = rows.new_empty(sum(given_counts))
         dist.all_to_all_single(asked, rows, given_counts, needed_counts)
         return Exchange(asked - self._first, needed_counts, given_counts, self._travel_dtype)
-
