@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.blt_train.records import evaluation_of, step_of
 
-from blt_train.metrics import EvaluationMetrics, StepMetrics, to_line
+from blt_train.metrics import Metrics, to_line
 from blt_train.report import Command, Curve, ReportContent, curve_of_run, draw_curves, heatmap_patches, write_report
 
 CURVE = Curve(
@@ -102,20 +102,9 @@ def test_character_cut_by_a_boundary_is_shown_in_hex() -> None:
 
 
 def test_curve_of_run_and_drawing(tmp_path: Path) -> None:
-    step = StepMetrics(
-        step=1, loss=5.0, bpb=7.5, learning_rate=1e-3, gradient_norm=1.0, targets=10, bytes=9, patches=0,
-        mean_patch_length=None, utilisation=1.0, epoch=0.1, seconds=0.1, data_wait=0.0, bytes_per_second=90.0,
-        patches_per_second=0.0, memory_bytes=1,
-    )  # fmt: skip
-    first = EvaluationMetrics(
-        step=0, holdout_bpb=8.0, holdout_loss=5.5, holdout_bytes=4, holdout_documents=1, holdout_seconds=0.1
-    )
-    metrics: list[StepMetrics | EvaluationMetrics] = [
-        first,
-        step,
-        replace(step, step=2, bpb=7.0),
-        replace(first, step=2, holdout_bpb=7.1),
-    ]
+    metrics: list[Metrics] = [
+        evaluation_of(0, 8.0), step_of(1, bpb=7.5), step_of(2, bpb=7.0), evaluation_of(2, 7.1)
+    ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(to_line(line) for line in metrics))
     curve = curve_of_run(tmp_path, "LM")
     assert (curve.steps, curve.train_bpb) == ((1, 2), (7.5, 7.0))

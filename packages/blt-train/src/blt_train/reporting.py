@@ -174,4 +174,6 @@ def _peak_flops_per_second(config: TrainConfig, runtime: Runtime) -> float | Non
     """Return what this rank's GPU could do; None on CPU and for GPUs that are not in the table."""
     if runtime.device.type != "cuda":
         return None
-    return peak_flops_per_second(torch.cuda.get_device_name(runtime.device), config.precision)
+    return peak_flops_per_second(
+        torch.cuda.get_device_name(runtime.device), config.precision, float8=config.parallel.float8
+    )
