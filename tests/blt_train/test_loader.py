@@ -249,3 +249,19 @@ def test_the_loader_reads_no_further_ahead_than_told_and_leaves_no_thread(stream
     # Five were read, and three more are the most that may have been begun.
     assert 5 * 2 <= counting.asked <= 8 * 2
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_are_not_overwritten_while_they_are_copied(stream: SequenceStream) -> None:
+    part = Slice(sequences_per_step=2, sequences_per_micro_batch=2)
+    device = torch.device("cuda")
+    with Loader(stream, part, first_step=0, end_step=40, workers=2, prefetch=2, pin=True) as loader:
+        # Copies wait behind this, while the loader goes on to make batches.
+        torch.cuda._sleep(10**9)  # type: ignore[no-untyped-call, unused-ignore]
+        copies = [batch.to(device) for batch in loader if batch.targets.is_pinned()]
+        expected = [loader.batch(step, 0) for step in range(40)]
+    torch.cuda.synchronize()
+    assert len(copies) == 40
+    for copy, wanted in zip(copies, expected, strict=True):
+        assert torch.equal(copy.targets.cpu(), wanted.targets)
+        assert torch.equal(copy.packed.tokens.cpu(), wanted.packed.tokens)
