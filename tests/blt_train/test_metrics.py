@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from tests.blt_train.records import evaluation_of, step_of, write_run
 
 from blt_train import CheckpointError, read_metrics
-from blt_train.metrics import METRICS_NAME, Metrics, to_line, truncate_metrics
+from blt_train.metrics import METRICS_NAME, EvaluationMetrics, Metrics, StepMetrics, to_line, truncate_metrics
 from blt_train.samples import SAMPLES_NAME, read_samples, sample_of, truncate_samples
 
 LINES: list[Metrics] = [
@@ -98,3 +99,9 @@ def test_samples_keep_exact_bytes() -> None:
     assert (plain.completion, plain.completion_hex) == ("été", None)
     broken = sample_of(1, 0, "p", b"\xffx", "end")
     assert (broken.completion, broken.completion_hex) == ("\ufffdx", "ff78")
+
+
+def test_every_field_is_in_the_guide(repository: Path) -> None:
+    guide = (repository / "docs" / "training.md").read_text(encoding="utf-8")
+    fields = [field.name for kind in (StepMetrics, EvaluationMetrics) for field in dataclasses.fields(kind)]
+    assert [name for name in fields if f"| `{name}` |" not in guide] == []

@@ -201,7 +201,8 @@ def _figures(run: RunData) -> dict[str, str]:
     figures["epochs"] = f"{run.series.highs[-1, COLUMNS.index('epoch')]:.2f}"
     figures["bytes read"] = format_bytes(content)
     for source, amount in sorted(run.source_bytes.items()):
-        figures[f"bytes read, {source}"] = f"{format_bytes(amount)} ({100 * amount / content:.1f}%)"
+        epochs = f", {run.source_epochs[source]:.2f} epochs" if source in run.source_epochs else ""
+        figures[f"bytes read, {source}"] = f"{format_bytes(amount)} ({100 * amount / content:.1f}%{epochs})"
     if flops:
         figures["model FLOPs"] = f"{flops:.3g}"
     figures["training time"] = format_duration(seconds)

@@ -98,6 +98,9 @@ class RunData:
     source_bytes: Mapping[str, float]
     """Raw bytes trained on by source; empty where there is one."""
 
+    source_epochs: Mapping[str, float]
+    """Passes over each source; empty where there is one."""
+
     evaluations: tuple[EvaluationPoint, ...]
     """In order."""
 
@@ -132,6 +135,7 @@ def read_run(path: Path) -> RunData:
         steps=reader.steps,
         series=reader.thinner.result(),
         source_bytes=reader.source_bytes,
+        source_epochs=reader.source_epochs,
         evaluations=tuple(reader.evaluations.items()),
         samples=samples,
     )
@@ -195,6 +199,7 @@ class _MetricsReader:
         self.thinner = Thinner(len(AXES), len(COLUMNS))
         self.evaluations = Thinned(limit=MAX_EVALUATIONS)
         self.source_bytes: dict[str, float] = {}
+        self.source_epochs: dict[str, float] = {}
         self.steps = 0
         #: Sums of bytes, flops and seconds up to the last step.
         self._sums = np.zeros(len(AXES) - 1)
@@ -235,6 +240,7 @@ class _MetricsReader:
             raise ValueError("is no step")
         self.steps = step
         self._rows.append((step, content, _zero(_number(record.get("flops"))), _zero(seconds), *drawn, waits))
+        self.source_epochs = dict(record.get("source_epochs") or {})
         for name, share in (record.get("sources") or {}).items():
             self.source_bytes[name] = self.source_bytes.get(name, 0.0) + share * content
         if len(self._rows) == _CHUNK:
