@@ -22,6 +22,7 @@ from blt_model.flops import blt_flops, byte_lm_flops, parameter_counts
 from blt_model.generation import Completion, Generator, NextPatch, Request, SamplingOptions
 from blt_model.loss import cross_entropy_and_z_sum, cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
+from blt_model.quantization import quantize_int8
 from blt_model.weights import (
     LoadedModel,
     WeightFormat,
@@ -67,6 +68,7 @@ __all__ = [
     "pack_documents",
     "parameter_counts",
     "preset",
+    "quantize_int8",
     "save_model",
     "save_transformers",
     "to_json",

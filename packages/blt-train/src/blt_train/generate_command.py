@@ -45,6 +45,7 @@ blt-train generate --checkpoint runs/blt --prompts prompts.jsonl --output comple
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
 @click.option("--entropy-model", type=click.Path(path_type=Path), help="Instead of the run's own copy.")
 @click.option("--precision", type=click.Choice([str(item) for item in Precision]), default="float32", show_default=True)
+@click.option("--quantize", type=click.Choice(["int8"]), help="Linear weights in 8 bits, for one text on a CPU.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts at once.")
 @click.option(
@@ -68,6 +69,7 @@ def generate_command(
     seed: int,
     entropy_model: Path | None,
     precision: str,
+    quantize: str | None,
     device: str,
     batch_size: int,
     output: Path | None,
@@ -87,7 +89,7 @@ def generate_command(
     if prompts is not None and output is None:
         fail("--prompts needs --output, the file of completions")
 
-    from blt_model import Request, SamplingOptions
+    from blt_model import Request, SamplingOptions, quantize_int8
     from blt_train.models import open_model
 
     request = Request(
@@ -107,6 +109,8 @@ def generate_command(
     if precision == Precision.BFLOAT16:
         # The entropy model stays as it is: boundaries rest on it.
         opened.model.bfloat16()
+    if quantize is not None:
+        quantize_int8(opened.model)
     if prompts is not None and output is not None:
         _complete_file(opened, prompts, request, output, batch_size)
     else:
