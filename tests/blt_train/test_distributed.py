@@ -9,25 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.blt_train.jobs import processes_of
 from tests.blt_train.samples import blt_config, command, run_command, without_times
 
 from blt_train import read_metrics, train
 from blt_train.metrics import StepMetrics
-
-
-def processes_of(run: Path) -> dict[int, int]:
-    """Rank to process id of the training processes of a run."""
-    found = {}
-    for directory in Path("/proc").iterdir():
-        try:
-            words = (directory / "cmdline").read_bytes().split(b"\0")
-            environment = (directory / "environ").read_bytes().split(b"\0")
-        except (NotADirectoryError, FileNotFoundError, PermissionError, ProcessLookupError):
-            continue
-        ranks = [item for item in environment if item.startswith(b"RANK=")]
-        if f"run={run}".encode() in words and ranks:
-            found[int(ranks[0].removeprefix(b"RANK="))] = int(directory.name)
-    return found
 
 
 def assert_close(steps: tuple[StepMetrics, ...], others: tuple[StepMetrics, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blt_data.console import ByteSize, format_bytes, friendly_errors, print_table, progress
+from blt_data.console import ByteSize, format_bytes, friendly_errors, print_table, progress, sentence_of
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
 from blt_train.display import TrainingDisplay
@@ -107,18 +107,33 @@ def launch_command(
         endpoint=Endpoint.parse(endpoint) if endpoint is not None else None,
         **limits,
     )
-    loaded = load_config(config, overrides)
-    from blt_train.launch.job import check_processes, count_devices, launch_processes
+    try:
+        loaded = load_config(config, overrides)
+        options = _checked(loaded, options, is_counted=processes is None)
+    except (ValueError, OSError) as error:
+        if nodes > 1:
+            from blt_train.launch.job import tell_refusal
 
-    if processes is None:
-        options = dataclasses.replace(options, processes=count_devices(loaded))
-    check_processes(loaded, options)
+            tell_refusal(options, sentence_of(error))
+        raise
     if options.world_size == 1:
         _train(loaded, resume)
         return
     arguments = ["launch", config, *overrides, *([] if resume else ["--no-resume"])]
     click.echo(f"the same by hand: {torchrun_command(arguments, options)}", err=True)
+    from blt_train.launch.job import launch_processes
+
     launch_processes(arguments, options, lambda sentence: click.echo(sentence, err=True))
+
+
+def _checked(config: TrainConfig, options: LaunchOptions, *, is_counted: bool) -> LaunchOptions:
+    """Check a config for a job, and return the job's options with the number of processes that this machine is for."""
+    from blt_train.launch.job import check_processes, count_devices
+
+    if is_counted:
+        options = dataclasses.replace(options, processes=count_devices(config))
+    check_processes(config, options)
+    return options
 
 
 def _train(config: TrainConfig, resume: bool) -> None:

@@ -199,6 +199,55 @@ class Board:
         return f"blt/{name}" if node is None else f"blt/{name}/{node}"
 
 
+class Door:
+    """Where launchers wait for each other before the first start, and hear which of them cannot come."""
+
+    def __init__(self, store: Store, job_id: str, node: int, nodes: int) -> None:
+        """Take a place.
+
+        Args:
+            store: that all launchers at an endpoint share.
+            job_id: of this job among them.
+            node: this node's number.
+            nodes: how many there are.
+        """
+        self._store, self._job_id, self._node, self._nodes = store, job_id, node, nodes
+
+    def refuse(self, sentence: str) -> None:
+        """Say that this node cannot take part.
+
+        Args:
+            sentence: why.
+        """
+        self._store.set(self._key("refused"), f"{socket.gethostname()}: {sentence}")
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the launchers of all nodes are here.
+
+        Args:
+            seconds: at most.
+
+        Raises:
+            ConfigError: one cannot come, or some have not come in time.
+        """
+        self._store.set(self._key("here", self._node), "yes")
+        deadline = time.monotonic() + seconds
+        while missing := [node for node in range(self._nodes) if not self._store.check([self._key("here", node)])]:
+            if self._store.check([self._key("refused")]):
+                raise ConfigError(f"another node cannot take part: {self._store.get(self._key('refused')).decode()}")
+            if time.monotonic() > deadline:
+                absent = ", ".join(map(str, missing))
+                raise ConfigError(
+                    f"no launcher came for node(s) {absent} of {self._nodes} within {seconds:g} seconds: start "
+                    "`blt-train launch` on every node, with the same --rdzv-endpoint and --rdzv-id"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _key(self, name: str, node: int | None = None) -> str:
+        place = "" if node is None else f"/{node}"
+        return f"blt-door/{self._job_id}/{name}{place}"
+
+
 def store_lost(endpoint: object) -> TrainingError:
     """Return the error of a node whose connection to the first node is gone.
 

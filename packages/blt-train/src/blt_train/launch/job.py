@@ -8,6 +8,7 @@ peers, which only lost a connection.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -37,7 +38,7 @@ from blt_train.config import TrainConfig
 from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM, ConfigError, TrainingError
 from blt_train.inputs import check_launch
 from blt_train.launch.agent import JobAgent, StopRequested
-from blt_train.launch.board import store_lost
+from blt_train.launch.board import Door, store_lost
 from blt_train.launch.options import Endpoint, LaunchOptions
 from blt_train.launch.rank import EXIT_INTERRUPTED, LAUNCHER, STARTS
 from blt_train.runtime import choose_device
@@ -46,6 +47,8 @@ from blt_train.runtime import choose_device
 STORE_SECONDS = 20
 #: Seconds of one attempt to reach the first node.
 _CONNECT_SECONDS = 5
+#: Seconds for which the first node tells those that come that it cannot take part.
+_REFUSAL_SECONDS = 10
 #: Seconds between looks at the processes.
 _MONITOR_SECONDS = 0.1
 #: Signals that are passed on to the processes; a hang-up as SIGTERM.
@@ -80,6 +83,25 @@ def check_processes(config: TrainConfig, options: LaunchOptions) -> None:
     """
     check_launch(config, options.world_size)
     choose_device(config.device, options.processes - 1)
+
+
+def tell_refusal(options: LaunchOptions, sentence: str) -> None:
+    """Tell the launchers of the other nodes that this one cannot take part, so that they need not wait for it.
+
+    Args:
+        options: of the job.
+        sentence: why.
+    """
+    endpoint = options.endpoint
+    if endpoint is None or options.nodes == 1:
+        return
+    # Nobody may be there to hear it, which is then soon told there.
+    with contextlib.suppress(DistError, ConfigError), _quiet_torch():
+        brief = dataclasses.replace(options, join_seconds=_CONNECT_SECONDS)
+        store = _meeting_store(brief)
+        Door(store, options.job_id, options.node_rank, options.nodes).refuse(sentence)
+        if options.node_rank == 0:
+            time.sleep(_REFUSAL_SECONDS)
 
 
 def launch_processes(
@@ -129,6 +151,8 @@ class _Job:
         """Run the processes, and end as they ended."""
         options = self._options
         store = _meeting_store(options)
+        if options.nodes > 1:
+            Door(store, options.job_id, options.node_rank, options.nodes).wait(options.join_seconds)
         handler = _rendezvous_handler(store, options)
         logs = DefaultLogsSpecs(log_dir=self._folder)
         agent = JobAgent(self._spec(handler, logs), logs, options, self._announce)
