@@ -51,10 +51,12 @@ class Hub:
     """What the servers serve, and what they were asked."""
 
     dataset: str
+    """The repository, a dataset or, with `kind`, a model."""
     revisions: Mapping[str, Mapping[str, bytes]]
     """Commit to path to content."""
     branches: Mapping[str, str]
     """Branch or tag to commit."""
+    kind: Literal["datasets", "models"] = "datasets"
     page: int = 1000
     """Entries on a page of a listing."""
     token: str | None = None
@@ -64,6 +66,16 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def api(self) -> str:
+        """The beginning of the path of what is asked about the repository."""
+        return f"/api/{self.kind}/{self.dataset}"
+
+    @property
+    def files_path(self) -> str:
+        """The beginning of the path of its files."""
+        return f"/datasets/{self.dataset}" if self.kind == "datasets" else f"/{self.dataset}"
 
     def asked(self, place: Place) -> list[Request]:
         """Return the requests at a place."""
@@ -168,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "/resolve/" in path:
             return "resolve"
         # The client asks for things of its own, too.
-        return "other" if "/datasets/" not in path else "tree" if "/tree/" in path else "info"
+        return "other" if f"/{self.hub.kind}/" not in path else "tree" if "/tree/" in path else "info"
 
     def _files(self, revision: str) -> tuple[str, Mapping[str, bytes]] | None:
         revision = urllib.parse.unquote(revision)
@@ -177,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None if files is None else (commit, files)
 
     def _info(self, path: str, query: str) -> None:
-        match = re.fullmatch(rf"/api/datasets/{self.hub.dataset}(?:/revision/([^/]+))?", path)
+        match = re.fullmatch(rf"{self.hub.api}(?:/revision/([^/]+))?", path)
         if match is None:
             self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             return
@@ -185,10 +197,12 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
-        self._send_json({"id": self.hub.dataset, "sha": found[0], "_id": "0"})
+        siblings = [{"rfilename": name} for name in sorted(found[1])] if self.hub.kind == "models" else []
+        listed = {"siblings": siblings} if siblings else {}
+        self._send_json({"id": self.hub.dataset, "sha": found[0], "_id": "0", **listed})
 
     def _tree(self, path: str, query: str) -> None:
-        match = re.fullmatch(rf"/api/datasets/{self.hub.dataset}/tree/([^/]+)(?:/(.+))?", path)
+        match = re.fullmatch(rf"{self.hub.api}/tree/([^/]+)(?:/(.+))?", path)
         found = self._files(match[1]) if match else None
         if match is None or found is None:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -208,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json(entries[start:stop], extra)
 
     def _resolve(self, path: str, query: str) -> None:
-        match = re.fullmatch(rf"/datasets/{self.hub.dataset}/resolve/([^/]+)/(.+)", path)
+        match = re.fullmatch(rf"{self.hub.files_path}/resolve/([^/]+)/(.+)", path)
         found = self._files(match[1]) if match else None
         name = urllib.parse.unquote(match[2]) if match else ""
         if found is None or name not in found[1]:
@@ -282,7 +296,7 @@ def _entries(files: Mapping[str, bytes], prefix: str) -> Iterator[dict[str, obje
                 folders.add(folder)
                 yield {"type": "directory", "oid": commit_of(folder), "size": 0, "path": folder}
         entry: dict[str, object] = {"type": "file", "oid": commit_of(path), "size": len(files[path]), "path": path}
-        if path.endswith((".parquet", ".zst")):
+        if path.endswith((".parquet", ".zst", ".safetensors")):
             digest = hashlib.sha256(files[path]).hexdigest()
             entry["lfs"] = {"oid": digest, "size": len(files[path]), "pointerSize": 134}
         yield entry

@@ -13,7 +13,7 @@ Legend: n rows, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -36,11 +36,9 @@ class Int8Weight(Tensor):
     @staticmethod
     def __new__(cls, values: Tensor, scales: Tensor) -> Int8Weight:
         """Wrap int8 [O, I] and scales [O]; the dtype shown is that of the scales."""
-        weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch gives it no types
-            cls, values.shape, dtype=scales.dtype, device=values.device
-        )
+        weight = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scales.dtype, device=values.device)
         weight.values, weight.scales = values, scales
-        return cast(Int8Weight, weight)
+        return weight
 
     @classmethod
     def __torch_function__(
@@ -57,7 +55,7 @@ class Int8Weight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:  # type: ignore[override]  # torch types it as no class's
         """Refuse all other work.
 
         Raises:
@@ -122,7 +120,8 @@ def product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
         whole = torch.ops.aten._weight_int8pack_mm(rows, values, scales.new_ones(len(scales), dtype=torch.bfloat16))
     else:
         whole = F.linear(rows, values.to(torch.bfloat16))
-    return (whole * scales).to(x.dtype).view(*x.shape[:-1], len(values))
+    result: Tensor = (whole * scales).to(x.dtype)
+    return result.view(*x.shape[:-1], len(values))
 
 
 def quantize_int8(model: BLT | ByteLM) -> None:
