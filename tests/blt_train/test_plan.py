@@ -174,3 +174,15 @@ def test_derived_capacities_use_the_sequences_well(tmp_path: Path) -> None:
     plan = plan_epoch(table, capacity, seed=0, epoch=0)
     assert plan.utilisation(capacity) >= 0.95
     assert capacity.patches < 2 * 512 / table.mean_patch_length
+
+
+def test_many_short_documents_among_few_long_ones_fill_the_sequences(tmp_path: Path) -> None:
+    documents = [b"short " * 5] * 4000 + [b"long " * 40_000] * 3
+    for table in (
+        table_of(write_documents(tmp_path / "bytes", documents)),
+        table_of(write_patched(tmp_path / "patched", documents)),
+    ):
+        capacity = derive_capacity(table, tokens=2048)
+        assert plan_epoch(table, capacity, seed=0, epoch=0).utilisation(capacity) >= 0.95
+        # And no more room for patches than words are.
+        assert capacity.patches < 2048 / 4

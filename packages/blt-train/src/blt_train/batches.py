@@ -141,12 +141,21 @@ class BatchBuilder:
         table = plan.documents
         tokens, targets, document_offsets, decoder_patch, patch_offsets = out.arrays
         broken = fill_sequences(
-            places, self._capacity.tokens,
-            plan.first_piece, plan.num_pieces,
-            plan.piece_document, plan.piece_start, plan.piece_end, plan.piece_patch, plan.piece_skip,
-            table.tokens, table.patches, table.content_address, table.patch_address,
-            tokens, targets, document_offsets, decoder_patch, patch_offsets, out.longest,
-        )  # fmt: skip
+            places,
+            self._capacity.tokens,
+            (
+                plan.first_piece,
+                plan.num_pieces,
+                plan.piece_document,
+                plan.piece_start,
+                plan.piece_end,
+                plan.piece_patch,
+                plan.piece_skip,
+            ),
+            (table.tokens, table.patches, table.content_address, table.patch_address),
+            (tokens, targets, decoder_patch, out.longest),
+            (document_offsets, patch_offsets),
+        )
         if broken >= 0:
             raise InputError(
                 f"{table.path}: the patch lengths of a document changed while training; restore the shards, and run "

@@ -65,6 +65,8 @@ def _fill_patches(
         first_patch: index of the piece's first patch in the batch.
     """
     size = decoder_patch.size
+    if patch_offsets.size == 0 or lengths.size == 0:
+        return -1
     # Position i reads the patch before the one that holds token i + 1. So first a 1 wherever token i + 1 starts a patch
     # (in the piece or as the target beyond its end), then running sums: twice as fast as writing patch by patch, whose
     # lengths no processor can predict.
@@ -131,23 +133,10 @@ def fill_padding(
 def fill_sequences(
     places: Int64Array,
     num_tokens: int,
-    first_piece: Int64Array,
-    num_pieces: Int64Array,
-    piece_document: Int64Array,
-    piece_start: Int64Array,
-    piece_end: Int64Array,
-    piece_patch: Int64Array,
-    piece_skip: Int64Array,
-    doc_tokens: Int64Array,
-    doc_patches: Int64Array,
-    doc_content_address: Int64Array,
-    doc_patch_address: Int64Array,
-    tokens: Int64Array,
-    targets: Int64Array,
-    document_offsets: Int32Array,
-    decoder_patch: Int64Array,
-    patch_offsets: Int32Array,
-    longest: Int64Array,
+    plan: tuple[Int64Array, Int64Array, Int64Array, Int64Array, Int64Array, Int64Array, Int64Array],
+    table: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+    int64_out: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
+    int32_out: tuple[Int32Array, Int32Array],
 ) -> int:
     """Write whole sequences of a plan; return -1, or the document whose patch lengths are not what was planned with.
 
@@ -155,24 +144,16 @@ def fill_sequences(
         places: int64 [n, 5]: for each sequence its index in the plan, its slot in the batch, its first document in the
             batch, its first patch there, and the end (exclusive) of its patches there.
         num_tokens: tokens T of each slot.
-        first_piece: as in `Plan`, like all up to `piece_skip`.
-        num_pieces: as in `Plan`.
-        piece_document: as in `Plan`.
-        piece_start: as in `Plan`.
-        piece_end: as in `Plan`.
-        piece_patch: as in `Plan`.
-        piece_skip: as in `Plan`.
-        doc_tokens: as in `DocumentTable`, like all up to `doc_patch_address`.
-        doc_patches: as in `DocumentTable`.
-        doc_content_address: as in `DocumentTable`.
-        doc_patch_address: as in `DocumentTable`.
-        tokens: int64 [slots * T]: written in the sequences' slots, like all that follow.
-        targets: int64 [slots * T].
-        document_offsets: int32: start of each document of the batch.
-        decoder_patch: int64 [slots * T]; empty where there are no patches.
-        patch_offsets: int32: start of each patch of the batch.
-        longest: int64 [2]: raised to the most tokens and the most patches of any document.
+        plan: of `Plan`: first_piece, num_pieces, piece_document, piece_start, piece_end, piece_patch, piece_skip.
+        table: of `DocumentTable`: tokens, patches, content_address, patch_address.
+        int64_out: tokens, targets and decoder patches [slots * T] (no decoder patches where there are no patches), of
+            which the sequences' slots are written; and [2], raised to the most tokens and patches of a document.
+        int32_out: starts of the batch's documents and patches, of which those of the sequences are written.
     """
+    first_piece, num_pieces, piece_document, piece_start, piece_end, piece_patch, piece_skip = plan
+    doc_tokens, doc_patches, content_address, patch_address = table
+    tokens, targets, decoder_patch, longest = int64_out
+    document_offsets, patch_offsets = int32_out
     is_patched = decoder_patch.size > 0
     for sequence, slot, next_document, next_patch, end_patch in places:
         at, end = slot * num_tokens, (slot + 1) * num_tokens
@@ -180,16 +161,12 @@ def fill_sequences(
             document, start = piece_document[piece], piece_start[piece]
             size = piece_end[piece] - start
             own = slice(at, at + size)
-            content = bytes_at(doc_content_address[document], doc_tokens[document] - 1)
+            content = bytes_at(content_address[document], doc_tokens[document] - 1)
             _fill_tokens(content, start, start + size, tokens[own], targets[own])
             if is_patched:
-                lengths = lengths_at(doc_patch_address[document], doc_patches[document])[piece_patch[piece] :]
+                lengths = lengths_at(patch_address[document], doc_patches[document])[piece_patch[piece] :]
                 room = patch_offsets[next_patch:end_patch]
-                if room.size == 0 or lengths.size == 0:
-                    return int(document)
-                count = _fill_patches(
-                    lengths, piece_skip[piece], start, decoder_patch[own], room, at, next_patch
-                )  # fmt: skip
+                count = _fill_patches(lengths, piece_skip[piece], start, decoder_patch[own], room, at, next_patch)
                 if count < 0:
                     return int(document)
                 next_patch += count
@@ -200,10 +177,8 @@ def fill_sequences(
             at += size
         if at < end:
             document_offsets[next_document] = at
-            own = slice(at, end) if is_patched else slice(0, 0)
-            count = fill_padding(
-                tokens[at:end], targets[at:end], decoder_patch[own], patch_offsets[next_patch:end_patch], at, next_patch
-            )
+            own, room = slice(at, end), patch_offsets[next_patch:end_patch]
+            count = fill_padding(tokens[own], targets[own], decoder_patch[own], room, at, next_patch)
             longest[0] = max(longest[0], end - at)
             longest[1] = max(longest[1], count)
     return -1

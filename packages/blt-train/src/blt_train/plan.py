@@ -31,6 +31,8 @@ from blt_train.shuffling import permutation
 PADDING_PATCHES = 2
 #: Utilisation that a derived capacity of patches or documents must reach on a sample.
 TARGET_UTILISATION = 0.97
+#: A gain in utilisation that is worth twice as many documents per sequence.
+_NOTABLE_UTILISATION = 0.002
 #: Documents of the sample on which capacities are derived.
 _SAMPLE_DOCUMENTS = 20_000
 #: Derived patch capacities are multiples of this.
@@ -267,10 +269,11 @@ def derive_capacity(
     max_documents: int | None = None,
     seed: int = 0,
 ) -> Capacity:
-    """Fill in the capacities that a config leaves open.
+    """Fill in the capacities that a config leaves open, so that the sequences of a sample are 97% full if they can be.
 
-    Documents: twice as many as fit on average, and some room. Patches: the smallest multiple of 8, from the mean
-    patch length upwards in steps of a twentieth, with which the sequences of a sample are 97% full.
+    Documents: twice as many as fit on average, and some room; doubled where many short documents among few long ones
+    leave sequences empty. Patches: the smallest multiple of 8, from the mean patch length upwards in steps of a
+    twentieth, that suffices.
 
     Args:
         documents: the data set's documents.
@@ -279,27 +282,39 @@ def derive_capacity(
         max_documents: documents per sequence, if given.
         seed: chooses the sample.
     """
-    if max_documents is None:
-        mean = documents.num_targets / documents.num_documents
-        max_documents = min(tokens + 1, int(2 * tokens / mean) + 16)
-    max_documents = max(max_documents, MIN_SEQUENCE_DOCUMENTS)
-    if documents.kind is ShardKind.BYTES:
-        return Capacity(tokens=tokens, patches=0, documents=max_documents)
-    if patches is not None:
-        return Capacity(tokens=tokens, patches=patches, documents=max_documents)
+    is_patched = documents.kind is ShardKind.PATCHED
     sample = permutation(documents.num_documents, seed, 0, 0)[:_SAMPLE_DOCUMENTS]
-    largest = tokens + PADDING_PATCHES
+    largest = Capacity(tokens=tokens, patches=tokens + PADDING_PATCHES if is_patched else 0, documents=tokens + 1)
+    if max_documents is None:
+        max_documents = _enough_documents(documents, sample, largest)
+    max_documents = max(max_documents, MIN_SEQUENCE_DOCUMENTS)
+    if not is_patched or patches is not None:
+        return Capacity(tokens=tokens, patches=patches or 0, documents=max_documents)
     for twentieths in range(21, 200):
         wanted = int(tokens / documents.mean_patch_length * twentieths / 20) + MIN_SEQUENCE_PATCHES
         rounded = -(-wanted // _PATCH_MULTIPLE) * _PATCH_MULTIPLE
-        capacity = Capacity(tokens=tokens, patches=min(rounded, largest), documents=max_documents)
-        if capacity.patches == largest or _full_share(pack(documents, sample, capacity), capacity):
+        capacity = Capacity(tokens=tokens, patches=min(rounded, largest.patches), documents=max_documents)
+        if capacity.patches == largest.patches or _fullness(documents, sample, capacity) >= TARGET_UTILISATION:
             return capacity
-    return Capacity(tokens=tokens, patches=largest, documents=max_documents)
+    return replace(largest, documents=max_documents)
 
 
-def _full_share(plan: Plan, capacity: Capacity) -> bool:
-    """Return whether the sequences but the last, which ends with the sample, are full enough."""
-    if plan.num_sequences == 1:
-        return True
-    return float(plan.sequence_tokens[:-1].mean()) >= TARGET_UTILISATION * capacity.tokens
+def _enough_documents(documents: DocumentTable, sample: Int64Array, largest: Capacity) -> int:
+    """Return how many documents per sequence are enough, judged by a sample."""
+    mean = documents.num_targets / documents.num_documents
+    enough = min(largest.documents, int(2 * largest.tokens / mean) + 16)
+    fullness = _fullness(documents, sample, replace(largest, documents=enough))
+    while fullness < TARGET_UTILISATION and enough < largest.documents:
+        more = min(largest.documents, 2 * enough)
+        fuller = _fullness(documents, sample, replace(largest, documents=more))
+        if fuller < fullness + _NOTABLE_UTILISATION:
+            # Something else limits the sequences, such as patches nearly as long as they are.
+            break
+        enough, fullness = more, fuller
+    return enough
+
+
+def _fullness(documents: DocumentTable, sample: Int64Array, capacity: Capacity) -> float:
+    """Return the utilisation of all sequences of a sample but the last, which ends with the sample."""
+    plan = pack(documents, sample, capacity)
+    return float(plan.sequence_tokens[:-1].mean()) / capacity.tokens if plan.num_sequences > 1 else 1.0
