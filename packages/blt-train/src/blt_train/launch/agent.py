@@ -18,7 +18,6 @@ from torch.distributed.elastic.agent.server.api import RunResult, Worker, Worker
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM, TrainingError
 from blt_train.launch.board import REPORT_SECONDS, SILENCE_SECONDS, Board
@@ -264,13 +263,12 @@ class JobAgent(LocalElasticAgent):
         for local_rank, code in codes.items():
             if code in (None, 0) or code in STOP_STATUS:
                 continue
-            error = self._pcontext.error_files[local_rank] if self._pcontext is not None else ""
-            record = ProcessFailure(local_rank=local_rank, pid=0, exitcode=int(code or 0), error_file=error)
+            path = self._pcontext.error_files[local_rank] if self._pcontext is not None else ""
             failures.append(
                 process_failure(
                     process=self._name(local_rank),
                     exit_code=int(code or 0),
-                    reason=Reason.read(record.error_file_data),
+                    reason=Reason.read_file(path),
                     now=time.time(),
                 )
             )

@@ -111,6 +111,20 @@ class Reason:
     """When, in seconds since the epoch."""
 
     @classmethod
+    def read_file(cls, path: str) -> Reason | None:
+        """Return what a process left in a file; None where it left none, or could not finish it.
+
+        Args:
+            path: of the file.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+        except (OSError, ValueError):
+            return None
+        return cls.read(content) if isinstance(content, dict) else None
+
+    @classmethod
     def read(cls, content: Mapping[str, object]) -> Reason | None:
         """Return what an error file of torchrun says; None where a process of another make wrote it.
 

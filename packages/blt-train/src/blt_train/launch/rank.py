@@ -67,8 +67,8 @@ def run_as_rank(body: Callable[[], None]) -> None:
             raise
         _leave(stop.code)
     except Exception as error:
-        _write_reason(error)
-        if launcher is None or os.environ.get("BLT_TRACEBACK"):
+        is_written = _write_reason(error)
+        if launcher is None or not is_written or os.environ.get("BLT_TRACEBACK"):
             raise
         _leave(1)
 
@@ -119,11 +119,11 @@ def cause_of(error: Exception) -> Cause:
     return Cause.ERROR
 
 
-def _write_reason(error: Exception) -> None:
-    """Write an exception into the file that torchrun's agent reads, in its format."""
+def _write_reason(error: Exception) -> bool:
+    """Write an exception into the file that torchrun's agent reads, in its format; return whether that went well."""
     path = os.environ.get(ERROR_FILE)
     if not path:
-        return
+        return False
     cause = cause_of(error)
     text = sentence_of(error)
     if cause not in (Cause.BAD_INPUT, Cause.SYSTEM):
@@ -134,5 +134,9 @@ def _write_reason(error: Exception) -> None:
         "py_callstack": "".join(traceback.format_exception(error)),
         "cause": cause.name,
     }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+    except OSError:  # a full disk, most likely the very error
+        return False
+    return True
