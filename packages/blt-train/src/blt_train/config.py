@@ -103,7 +103,7 @@ class DataConfig:
     """Patches per sequence (BLT only); null finds the smallest count that keeps utilisation above 0.97."""
 
     sequence_documents: int | None = None
-    """Documents per sequence at most; null derives twice the mean and some room from the manifest."""
+    """Documents per sequence at most; null derives from a sample how many fill the sequences."""
 
     verify: bool = True
     """Recompute the shards' checksums (seconds per GB) before the first step, or for each group when it is read."""
