@@ -36,7 +36,7 @@ def test_products_are_those_of_the_rounded_weight(rows: int, dtype: torch.dtype)
     """Within what bfloat16 inputs and results lose; both ways, by module and by weight."""
     linear = Int8Linear(torch.randn(64, 96))
     x = torch.randn(2, rows, 96).to(dtype)[:1]
-    expected = x.double() @ (linear.values.double() * linear.scales.double()[:, None]).T
+    expected = x.double() @ (linear.integers.double() * linear.scales.double()[:, None]).T
     for actual in (linear(x), torch.nn.functional.linear(x, linear.weight)):
         assert actual.dtype == dtype
         assert actual.shape == expected.shape

@@ -30,14 +30,14 @@ FEW_ROWS = 4
 class Int8Weight(Tensor):
     """A weight [O, I] that linear maps take in place of a dense one; nothing else can be done with it."""
 
-    values: Tensor
+    integers: Tensor
     scales: Tensor
 
     @staticmethod
-    def __new__(cls, values: Tensor, scales: Tensor) -> Int8Weight:
+    def __new__(cls, integers: Tensor, scales: Tensor) -> Int8Weight:
         """Wrap int8 [O, I] and scales [O]; the dtype shown is that of the scales."""
-        weight = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scales.dtype, device=values.device)
-        weight.values, weight.scales = values, scales
+        weight = torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=scales.dtype, device=integers.device)
+        weight.integers, weight.scales = integers, scales
         return weight
 
     @classmethod
@@ -50,12 +50,12 @@ class Int8Weight(Tensor):
     ) -> Any:
         """Multiply where a linear map is asked for; pass questions for shape, dtype and device on."""
         if func is F.linear and isinstance(args[1], Int8Weight):
-            return product(args[0], args[1].values, args[1].scales)
+            return product(args[0], args[1].integers, args[1].scales)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:  # type: ignore[override]  # torch types it as no class's
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         """Refuse all other work.
 
         Raises:
@@ -67,24 +67,24 @@ class Int8Weight(Tensor):
 class Int8Linear(nn.Module):
     """A linear map without bias whose weight has 8 bits."""
 
-    values: Tensor
+    integers: Tensor
     scales: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         """Quantize a weight [O, I]."""
         super().__init__()
-        values, scales = quantize_rows(weight)
-        self.register_buffer("values", values)
+        integers, scales = quantize_rows(weight)
+        self.register_buffer("integers", integers)
         self.register_buffer("scales", scales)
 
     @property
     def weight(self) -> Int8Weight:
         """What `torch.nn.functional.linear` takes as a weight."""
-        return Int8Weight(self.values, self.scales)
+        return Int8Weight(self.integers, self.scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O]."""
-        return product(x, self.values, self.scales)
+        return product(x, self.integers, self.scales)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

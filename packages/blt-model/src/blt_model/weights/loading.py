@@ -115,8 +115,25 @@ def _directory(source: str | os.PathLike[str], revision: str | None) -> Path:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
         # The client raises errors of its HTTP library too, which differs between its releases.
-        reason = str(error).strip().split("\n", maxsplit=1)[0].rstrip(".")
-        raise ModelError(f"{name} could not be fetched from the hub ({type(error).__name__}: {reason}).") from None
+        raise ModelError(_why_not_fetched(name, revision, error, hub.constants.HF_HUB_OFFLINE)) from None
+
+
+def _why_not_fetched(name: str, revision: str | None, error: Exception, offline: bool) -> str:
+    """Tell what the hub's client says in one sentence."""
+    kind = type(error).__name__
+    if offline:
+        wanted = f"revision {revision} of {name}" if revision else name
+        return (
+            f"{wanted} is not in the local cache and HF_HUB_OFFLINE forbids to fetch it; unset it, or name a directory."
+        )
+    if kind == "GatedRepoError":
+        return f"{name} is gated on the hub; ask for access on its page there, and give your token in HF_TOKEN."
+    if kind == "RevisionNotFoundError":
+        return f"{name} has no revision {revision!r} on the hub; name a branch, tag or commit of it."
+    if kind == "RepositoryNotFoundError":
+        return f"{name} is not on the hub, or private; check the name, or give a token that may read it in HF_TOKEN."
+    reason = str(error).strip().split("\n", maxsplit=1)[0].rstrip(".")
+    return f"{name} could not be fetched from the hub ({kind}: {reason}); try again, what is complete is kept."
 
 
 def _read_json(path: Path) -> dict[str, Any]:
