@@ -35,11 +35,13 @@ def test_z_loss_against_float64(monkeypatch: pytest.MonkeyPatch, chunk: int, dty
     plain = F.cross_entropy(reference, targets, reduction="sum")
     expected = plain + 0.03 * reference.logsumexp(-1)[kept].square().sum()
     ours, ours_plain = cross_entropy_and_z_sum(logits, targets, 0.03)
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(ours.double(), expected, **tolerance)
-    torch.testing.assert_close(ours_plain.double(), plain, **tolerance)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours_plain.double(), plain, rtol=tolerance, atol=tolerance)
     (gradient,) = torch.autograd.grad(3 * ours, logits)
-    torch.testing.assert_close(gradient.double(), torch.autograd.grad(3 * expected, reference)[0], **tolerance)
+    torch.testing.assert_close(
+        gradient.double(), torch.autograd.grad(3 * expected, reference)[0], rtol=tolerance, atol=tolerance
+    )
     assert not ours_plain.requires_grad
 
 
