@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -64,6 +65,23 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path, caplog: pytest.L
     assert not [record for record in caplog.records if record.name.startswith("blt_train")]
 
 
+def test_tensorboard_after_a_crash_before_any_checkpoint(tmp_path: Path) -> None:
+    config = LoggingConfig(tensorboard=True)
+    (observer,) = open_observers(config, tmp_path, CONFIG, first_step=1)
+    for record in (evaluation_of(0, 8.0), step_of(1), step_of(2)):
+        observer.observe(record)
+    observer.flush()
+    deadline = time.monotonic() + 60
+    while not any(b"train/bpb" in path.read_bytes() for path in tmp_path.glob("tensorboard/events*")):
+        assert time.monotonic() < deadline  # flushed, though nobody has closed it
+        time.sleep(0.02)
+    tell(config, tmp_path, [evaluation_of(0, 8.0), step_of(1)])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/bpb")] == [1]
+    assert [event.step for event in events.Scalars("holdout/bpb")] == [0]
+    observer.close()
+
+
 def wandb_messages(file: Path) -> Iterator[bytes]:
     """Messages of an offline run's file: a header of 7 bytes, then a LevelDB log of blocks of 32 KiB."""
     data, at, message = file.read_bytes(), 7, b""
@@ -79,13 +97,22 @@ def wandb_messages(file: Path) -> Iterator[bytes]:
             message = b""
 
 
-def wandb_history(run: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the history in all offline files of a run, oldest file first."""
+def wandb_records(file: Path) -> list[Any]:
+    """Records of an offline run, which wandb's own process may still be writing for an instant after it has finished."""
     messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
-    for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        for message in wandb_messages(file):
-            record = messages.Record()
-            record.ParseFromString(message)
+    deadline = time.monotonic() + 60
+    while True:
+        records = [messages.Record.FromString(message) for message in wandb_messages(file)]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wandb_history(run: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the history in all offline files of a run."""
+    for file in run.glob("wandb/offline-run-*/run-*.wandb"):
+        for record in wandb_records(file):
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
@@ -99,12 +126,14 @@ def test_wandb_offline_is_told_each_step_once(tmp_path: Path, caplog: pytest.Log
     tell(config, tmp_path, [step_of(3), evaluation_of(3, 6.0), step_of(4)], first_step=3)
     rows = list(wandb_history(tmp_path))
     steps = [row["_step"] for row in rows if "train/bpb" in row]
-    assert steps == [1, 2, 3, 4]
+    assert sorted(steps) == [1, 2, 3, 4]
     assert {row["_step"]: row["holdout/bpb"] for row in rows if "holdout/bpb" in row} == {0: 8.0, 2: 7.0, 3: 6.0}
     assert [row["_step"] for row in rows if any(key.startswith("sample/0") for key in row)] == [2]
-    # Both launches belong to one run.
+    # Both launches belong to one run; one that begins anew does not.
     names = [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     assert names == [f"run-{identifier}.wandb"] * 2
+    tell(config, tmp_path, [step_of(1)])
+    assert json.loads((tmp_path / STATE_NAME).read_text(encoding="utf-8"))["id"] != identifier
     assert not caplog.records
 
 
@@ -119,6 +148,9 @@ class Failing:
             raise OSError("no space left")
         self.seen.append(record)
 
+    def flush(self) -> None:
+        raise AssertionError("a failed observer is left alone")
+
     def close(self) -> None:
         raise AssertionError("a failed observer is left alone")
 
@@ -129,6 +161,7 @@ def test_a_failing_observer_warns_once_and_harms_nobody(caplog: pytest.LogCaptur
     records: list[Metrics] = [step_of(number) for number in range(1, 50)]
     for record in records:
         observer.observe(record)
+    observer.flush()
     observer.close()
     assert failing.seen == records[:1]
     (warning,) = caplog.records
@@ -153,6 +186,9 @@ def test_a_hanging_observer_does_not_hold_the_run_up(caplog: pytest.LogCaptureFi
     class Hanging:
         def observe(self, record: Record) -> None:
             released.wait()
+
+        def flush(self) -> None:
+            pass
 
         def close(self) -> None:
             pass

@@ -82,6 +82,8 @@ class Reporter:
         for writer in (self._metrics, self._samples):
             if writer is not None:
                 writer.sync()
+        for observer in self._observers:
+            observer.flush()
 
     def _tell(self, record: Record) -> None:
         for observer in self._observers:

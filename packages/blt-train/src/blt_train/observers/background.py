@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from enum import Enum, auto
 
 from blt_train.observers.protocol import Observer, Record
 
@@ -15,6 +16,13 @@ log = logging.getLogger(__name__)
 QUEUE_LENGTH = 10_000
 #: Seconds that a run waits at its end for what an observer still has to send.
 CLOSE_SECONDS = 60.0
+
+
+class _Order(Enum):
+    """What the thread is told besides records."""
+
+    FLUSH = auto()
+    CLOSE = auto()
 
 
 class BackgroundObserver:
@@ -39,7 +47,7 @@ class BackgroundObserver:
         self._name = name
         self._make = make
         self._close_seconds = close_seconds
-        self._queue: queue.Queue[Record | None] = queue.Queue(queue_length)
+        self._queue: queue.Queue[Record | _Order] = queue.Queue(queue_length)
         self._lock = threading.Lock()
         self._failed = False
         # A daemon: an observer that hangs must not keep the finished run from ending.
@@ -48,17 +56,24 @@ class BackgroundObserver:
 
     def observe(self, record: Record) -> None:
         """Pass a record on; returns at once."""
+        self._put(record)
+
+    def flush(self) -> None:
+        """Have the observer write down what it was told; returns at once."""
+        self._put(_Order.FLUSH)
+
+    def _put(self, item: Record | _Order) -> None:
         if self._failed:
             return
         try:
-            self._queue.put_nowait(record)
+            self._queue.put_nowait(item)
         except queue.Full:
             self._fail(f"is {self._queue.maxsize} records behind")
 
     def close(self) -> None:
         """Let the observer take what waits and close it; waits for that, though not for ever."""
         try:
-            self._queue.put(None, timeout=self._close_seconds)
+            self._queue.put(_Order.CLOSE, timeout=self._close_seconds)
         except queue.Full:
             self._fail(f"has not finished within {self._close_seconds:.0f} s")
             return
@@ -70,15 +85,16 @@ class BackgroundObserver:
         observer: Observer | None = None
         try:
             observer = self._make()
-            while (record := self._queue.get()) is not None:
-                if self._failed:
-                    break
-                observer.observe(record)
+            while (item := self._queue.get()) is not _Order.CLOSE and not self._failed:
+                if isinstance(item, _Order):
+                    observer.flush()
+                else:
+                    observer.observe(item)
             observer.close()
         except Exception as error:  # whatever a logging library raises, training is worth more
             self._fail(f"failed ({type(error).__name__}: {' '.join(str(error).split())})")
             # What was told and still comes has nowhere to go; nobody may wait for room in the queue.
-            while self._queue.get() is not None:
+            while self._queue.get() is not _Order.CLOSE:
                 pass
 
     def _fail(self, what: str) -> None:

@@ -57,5 +57,6 @@ def open_observers(
         make_board = partial(TensorBoardObserver, run, config, first_step=first_step)
         observers.append(BackgroundObserver("TensorBoard", make_board))
     if logging.wandb is not WandbMode.OFF:
-        observers.append(BackgroundObserver("Weights & Biases", partial(WandbObserver, run, config, logging)))
+        make_wandb = partial(WandbObserver, run, config, logging, first_step=first_step)
+        observers.append(BackgroundObserver("Weights & Biases", make_wandb))
     return observers

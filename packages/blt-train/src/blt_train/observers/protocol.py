@@ -36,6 +36,9 @@ class Observer(Protocol):
     def observe(self, record: Record) -> None:
         """Take one record."""
 
+    def flush(self) -> None:
+        """Write what a killed process would lose: a checkpoint comes, after which none of it is told again."""
+
     def close(self) -> None:
         """Send or write what is left; nothing is told afterwards."""
 

@@ -28,7 +28,8 @@ class TensorBoardObserver:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = first_step if first_step > 1 else None
+        # Before its first checkpoint a run begins anew, at the evaluation of step 0.
+        purge_step = first_step if first_step > 1 else 0
         self._writer: Any = SummaryWriter(str(run / DIRECTORY_NAME), purge_step=purge_step)
         self._writer.add_text("config", _code(yaml.safe_dump(dict(config), sort_keys=False)), first_step - 1)
 
@@ -39,6 +40,10 @@ class TensorBoardObserver:
             return
         for name, value in scalars_of(record).items():
             self._writer.add_scalar(name, value, record.step)
+
+    def flush(self) -> None:
+        """Write what is in memory."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""

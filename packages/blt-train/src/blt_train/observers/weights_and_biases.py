@@ -27,18 +27,21 @@ _STEP, _EVALUATION, _SAMPLE = 0, 1, 2
 class WandbObserver:
     """Logs scalars and samples of a run."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any], logging: LoggingConfig) -> None:
+    def __init__(self, run: Path, config: Mapping[str, Any], logging: LoggingConfig, *, first_step: int) -> None:
         """Open the run at Weights & Biases, or go on with it.
 
         Args:
             run: the run directory.
             config: of the run, as nested plain values.
             logging: mode and project are read.
+            first_step: the step that training goes on with, from 1; a run that begins anew is a new one there, too.
         """
         import wandb
 
         self._wandb = wandb
         self._state = run / STATE_NAME
+        if first_step == 1:
+            self._state.unlink(missing_ok=True)
         identifier, self._told = _read_state(self._state)
         identifier = identifier or uuid.uuid4().hex[:12]
         self._run = wandb.init(
@@ -70,6 +73,9 @@ class WandbObserver:
         self._run.log(content, step=record.step)
         self._told = place
         self._keep()
+
+    def flush(self) -> None:
+        """Do nothing: what was logged is with another process already, which outlives this one."""
 
     def close(self) -> None:
         """Send or write what is left and end the run there."""

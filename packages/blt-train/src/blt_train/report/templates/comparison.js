@@ -50,7 +50,7 @@
     { column: "mean_patch_length", title: "Mean patch length", unit: "tokens", format: plain },
     { column: "memory_bytes", title: "Peak memory", unit: "first rank", format: bytes, zero: true, raw: true },
     { column: "memory_reserved_bytes", title: "Peak memory reserved", unit: "first rank", format: bytes, zero: true, raw: true },
-    { column: "nonfinite_steps", title: "Steps skipped as not finite", format: count, zero: true, raw: true },
+    { column: "nonfinite_steps", title: "Steps skipped as not finite", format: count, zero: true, raw: true, rare: true },
   ];
 
   function svg(tag, attributes, parent) {
@@ -285,11 +285,12 @@
     container.appendChild(figure);
     figures.push(() => draw(figure, chart, source));
   }
+  const isShown = (column, chart) => column && (!chart.rare || column.mean.some((value) => value > 0));
   for (const chart of CHARTS) {
     if (chart.sources) {
       const names = new Set(data.runs.flatMap((run) => Object.keys(run.holdout.bySource)));
       [...names].sort().forEach((name) => addFigure(chart, "Held out: " + name, "bits per byte", name));
-    } else if (chart.column ? data.runs.some((run) => run.columns[chart.column]) : data.runs.some((run) => run.holdout.bpb.length)) {
+    } else if (chart.column ? data.runs.some((run) => isShown(run.columns[chart.column], chart)) : data.runs.some((run) => run.holdout.bpb.length)) {
       addFigure(chart, chart.title, chart.unit);
     }
   }
