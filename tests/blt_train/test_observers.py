@@ -98,7 +98,7 @@ def wandb_messages(file: Path) -> Iterator[bytes]:
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """Records of an offline run, which wandb's own process may still be writing for an instant after it has finished."""
+    """Records of an offline run, which wandb's own process may still be writing when the run has finished."""
     messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
     deadline = time.monotonic() + 60
     while True:
