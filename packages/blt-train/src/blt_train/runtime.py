@@ -122,12 +122,16 @@ def open_runtime(config: TrainConfig) -> Iterator[Runtime]:
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
         else:
             dist.init_process_group("gloo", timeout=timeout)
+    is_orderly = False
     try:
         rank = dist.get_rank() if world_size > 1 else 0
         mesh = make_mesh(device, world_size, shard_size) if world_size > 1 else None
         yield Runtime(device=device, rank=rank, world_size=world_size, mesh=mesh)
+        is_orderly = True
     finally:
-        if world_size > 1:
+        # After a failure NCCL would wait here for operations that others never join, and keep the launcher waiting for
+        # the reason.
+        if world_size > 1 and (is_orderly or device.type != "cuda"):
             dist.destroy_process_group()
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(matmul_before)
