@@ -260,7 +260,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
             return _attend_blocks(query.to(wide), key.to(wide), value.to(wide), plan, plan.mask).to(query.dtype)
     if plan.mask is not None:
         return _attend_blocks(query, key, value, plan, plan.mask)
-    return _attend_rectangles(query, key, value, plan)
+    if torch.compiler.is_compiling():
+        from blt_model.untraced import attend_rectangles_untraced
+
+        untraced: Tensor = attend_rectangles_untraced(query, key, value, plan)
+        return untraced
+    return attend_rectangles(query, key, value, plan)
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
@@ -319,7 +324,8 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
     return result.transpose(1, 2).reshape(num_blocks * plan.block, num_heads, width)[:num_tokens]
 
 
-def _attend_rectangles(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+def attend_rectangles(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """As `attend`, by a plan that has rectangles."""
     if plan.gather is None or plan.scatter is None:
         raise ModelError("the attention plan has no rectangles; make it with plan_attention.")
     sizes = [rectangle.count * rectangle.length for rectangle in plan.rectangles]

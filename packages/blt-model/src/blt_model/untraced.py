@@ -1,4 +1,4 @@
-"""Attention over spans where torch.compile traces: compiled code leaves it alone and calls it as it is.
+"""Attention document by document where torch.compile traces: compiled code leaves it alone and calls it as it is.
 
 Its calls follow the documents of each batch, for which compiled code would be made anew. This module is imported by
 code that is being traced only: the decorator loads torch's compiler, which takes seconds.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blt_model.attention import AttentionPlan, attend_rectangles
 from blt_model.span_attention import Spans, attend_spans, turn_and_attend
 
 
@@ -16,6 +17,12 @@ from blt_model.span_attention import Spans, attend_spans, turn_and_attend
 def attend_untraced(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     """As `attend_spans`."""
     return attend_spans(query, key, value, spans)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend_rectangles_untraced(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """As `attend_rectangles`."""
+    return attend_rectangles(query, key, value, plan)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
