@@ -14,8 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from tests.blt_train.samples import command
+from tests.blt_train.samples import blt_config, command
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch has them there, undeclared
 
 from blt_train.errors import ConfigError, TrainingError
@@ -30,6 +31,7 @@ from blt_train.launch.failures import (
     failures_to_json,
     process_failure,
 )
+from blt_train.launch.job import count_devices
 from blt_train.launch.options import DEFAULT_PORT, Endpoint, LaunchOptions, torchrun_command
 from blt_train.launch.rank import cause_of
 
@@ -71,6 +73,12 @@ def test_the_command_for_torchrun() -> None:
         "--max-restarts=2 -m blt_train launch"
     )
     assert options.world_size == 32
+
+
+def test_as_many_processes_as_gpus(workplace: Path) -> None:
+    gpus = torch.cuda.device_count()
+    assert count_devices(blt_config(workplace, "run")) == max(1, gpus)
+    assert count_devices(blt_config(workplace, "run", "device=cpu")) == 1
 
 
 def reason(cause: Cause, sentence: str = "said", at: float = 5.0) -> Reason:
