@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from tests.blt_train.samples import byte_config, text_documents, write_patched
 
 from blt_data import frame
-from blt_model import ByteLM, Request, SamplingOptions, next_byte_entropy, pack_documents
+from blt_model import ByteLM, Request, SamplingOptions, next_byte_entropy, pack_documents, quantize_int8
 from blt_model.weights.native import model_fingerprint, save_model
 from blt_patcher import EntropyScheme
 from blt_train.cli import main
@@ -240,6 +240,21 @@ def test_one_prompt_is_asked_for(blt_run: Path, tmp_path: Path) -> None:
         result = run("generate", "--checkpoint", blt_run, *arguments)
         assert result.exit_code == 1
         assert words in result.stderr
+
+
+def test_quantized_weights_continue_a_prompt(blt_run: Path, tmp_path: Path) -> None:
+    """The journal of a file of prompts tells them from the weights as they were trained."""
+    arguments = ["generate", "--checkpoint", blt_run, "--quantize", "int8", "--device", "cpu", "--max-new-bytes", "5"]
+    result = run(*arguments, "--prompt", "def ", "--output", tmp_path / "text")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "text").read_bytes().startswith(b"def ")
+    opened = open_model(blt_run, device="cpu")
+    dense = model_fingerprint(opened.model)
+    quantize_int8(opened.model)
+    assert model_fingerprint(opened.model) != dense
+    result = run(*arguments[:-4], "--prompt", "a", "--quantize", "int3")
+    assert result.exit_code == 2
+    assert "int3" in result.stderr
 
 
 def test_contexts_begin_at_new_lines_where_they_did_in_scoring(blt_run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from blt_model import BLT, ByteLM
 from blt_model import ModelConfig as ArchitectureConfig
 from blt_train.config import Precision, TrainConfig
-from blt_train.parallel.compilation import compile_blocks
+from blt_train.parallel.compilation import check_cpp_compiler, compile_blocks
 from blt_train.parallel.float8 import use_float8
 from blt_train.parallel.recomputation import recompute_blocks
 from blt_train.parallel.seeding import fill_weights, meta_model
@@ -34,13 +34,15 @@ def empty_model(
         The model, and how its weights begin, for `fill_weights`.
 
     Raises:
-        ConfigError: float8 is asked for, and torchao is not installed.
+        ConfigError: float8 is asked for, and torchao is not installed; or compiling for a CPU without a compiler.
     """
     model, deviations = meta_model(architecture)
     if config.parallel.float8:
         use_float8(model)
     recompute_blocks(model, config.parallel.activation_checkpointing)
     if config.compile:
+        if device.type == "cpu":
+            check_cpp_compiler()
         compile_blocks(model)
     if mesh is not None:
         is_half = config.precision is Precision.BFLOAT16 and device.type == "cuda"
@@ -61,7 +63,7 @@ def new_model(
         mesh: of all ranks; None for one process.
 
     Raises:
-        ConfigError: float8 is asked for, and torchao is not installed.
+        ConfigError: float8 is asked for, and torchao is not installed; or compiling for a CPU without a compiler.
     """
     model, deviations = empty_model(architecture, config, device, mesh)
     fill_weights(model, deviations, config.seed)

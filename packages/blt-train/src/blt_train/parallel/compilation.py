@@ -15,6 +15,7 @@ from torch import nn
 
 from blt_model.cross_attention import CrossAttention
 from blt_model.layers import Block
+from blt_train.errors import ConfigError
 
 
 def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
@@ -27,6 +28,23 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     for module in model.modules():
         if isinstance(module, (Block, CrossAttention)):
             module.compile(dynamic=False, backend=backend)
+
+
+def check_cpp_compiler() -> None:
+    """Find the compiler that torch needs for compiled code on a CPU, instead of failing inside the first step.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise ConfigError(
+            "compile is true, which on a CPU needs a C++ compiler, and none was found: install g++, name one in CXX, "
+            "or use compile=false"
+        ) from None
 
 
 @contextlib.contextmanager
