@@ -25,6 +25,7 @@ def step_of(step: int, **changes: Any) -> StepMetrics:
         "epoch": step / 100,
         "nonfinite_steps": 0,
         "sources": None,
+        "source_epochs": None,
         "mfu": None,
         "memory_reserved_bytes": None,
     }

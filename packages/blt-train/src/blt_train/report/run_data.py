@@ -238,16 +238,19 @@ class _MetricsReader:
         content = _number(record["bytes"])
         if not math.isfinite(content) or not (math.isfinite(drawn[0]) or math.isfinite(drawn[1]) or "loss" in record):
             raise ValueError("is no step")
+        shares = {str(name): share * content for name, share in _by_source(record, "sources").items()}
+        epochs = _by_source(record, "source_epochs")
+        # Now that nothing of the line can be wrong any more:
         self.steps = step
         self._rows.append((step, content, _zero(_number(record.get("flops"))), _zero(seconds), *drawn, waits))
-        self.source_epochs = dict(record.get("source_epochs") or {})
-        for name, share in (record.get("sources") or {}).items():
-            self.source_bytes[name] = self.source_bytes.get(name, 0.0) + share * content
+        self.source_epochs = epochs
+        for name, amount in shares.items():
+            self.source_bytes[name] = self.source_bytes.get(name, 0.0) + amount
         if len(self._rows) == _CHUNK:
             self._flush()
 
     def _take_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
-        by_source = {str(name): float(value) for name, value in (record.get("holdout_bpb_by_source") or {}).items()}
+        by_source = _by_source(record, "holdout_bpb_by_source")
         bpb = float(record["holdout_bpb"])
         self.evaluations.add(
             EvaluationPoint(positions=(float(step), *self._sums.tolist()), bpb=bpb, by_source=by_source)
@@ -272,6 +275,11 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError("is no number")
     return float(value)
+
+
+def _by_source(record: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Return a field that has a number for each source; nothing for null and for a field that is not there."""
+    return {str(source): _number(value) for source, value in (record.get(name) or {}).items()}
 
 
 def _zero(value: float) -> float:
