@@ -265,3 +265,20 @@ def test_pinned_batches_are_not_overwritten_while_they_are_copied(stream: Sequen
     for copy, wanted in zip(copies, expected, strict=True):
         assert torch.equal(copy.targets.cpu(), wanted.targets)
         assert torch.equal(copy.packed.tokens.cpu(), wanted.packed.tokens)
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it(stream: SequenceStream) -> None:
+    builder = BatchBuilder(stream.capacity, 2)
+    batches = [builder.build(stream.sequences(2 * index, 2)) for index in range(6)]
+    kept = batches[1].packed.patch_offsets
+    assert kept is not None
+    expected = kept.clone()
+    addresses = {batch.targets.data_ptr() for batch in batches}
+    assert len(addresses) == 6
+    where = batches[1].targets.data_ptr()
+    del batches
+    again = [builder.build(stream.sequences(20 + 2 * index, 2)) for index in range(6)]
+    # Five are used again; of the other one, a single small tensor is still held.
+    assert len(addresses & {batch.targets.data_ptr() for batch in again}) == 5
+    assert where not in {batch.targets.data_ptr() for batch in again}
+    assert torch.equal(kept, expected)

@@ -1,6 +1,6 @@
 """Bytes per second of one loader worker, from patched shards to packed tensors, against JSON lines and Python lists.
 
-    uv run python -m tools.bench.loader [--megabytes 32] [--tokens 8192] [--sequences 8] [--repeats 3]
+    uv run python -m tools.bench.loader [--megabytes 32] [--tokens 8192] [--sequences 16] [--repeats 3]
 
 The text is the running Python's standard library, cut into documents as long as those of FineWeb-Edu (log-normal, 5 kB
 on average, half of them below 3 kB), patched where random entropies are high, 4.5 bytes on average. Both sides read the
@@ -196,7 +196,7 @@ def ours_seconds(corpus: Corpus, capacity: Capacity, sequences: int, seed: int) 
     stream = stream_of(corpus, capacity, seed)
     steps = -(-epoch_sequences(stream) // sequences)
     part = Slice(sequences_per_step=sequences, sequences_per_micro_batch=sequences)
-    with Loader(stream, part, first_step=0, end_step=steps, workers=1) as loader:
+    with Loader(stream, part, first_step=0, end_step=steps, workers=1, prefetch=2) as loader:
         for _ in loader:
             pass
     # The last batch reaches into the next epoch.
@@ -261,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=32, help="bytes of text, in units of 2^20")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per sequence")
-    parser.add_argument("--sequences", type=int, default=8, help="sequences per batch")
+    parser.add_argument("--sequences", type=int, default=16, help="sequences per batch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side; the median counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,26 +34,40 @@ class MicroBatch:
         )
 
 
-class _Tensors:
-    """The tensors of one batch while it is being written, and NumPy's views of them.
+class _Memory:
+    """Gives out the memory of batches, and takes it back when the last tensor in it is gone.
 
-    All lie in one piece of memory, which is new for every batch. Pinned memory is expensive to make, but torch keeps
-    what was freed for the next batch, and gives it away only when the copies to the GPU that were started from it are
-    done: no batch overwrites one that is still being copied.
+    New memory would cost as much as filling it: the system hands it out page by page, and zeroed. Of pinned memory
+    torch itself keeps what was freed, and gives it away only when the copies to the GPU that were started from it are
+    done. Either way no batch overwrites one that somebody still holds or copies.
     """
 
-    def __init__(self, capacity: Capacity, num_sequences: int, *, pin: bool) -> None:
-        size = num_sequences * capacity.tokens
-        # In units of int64: what has int32 takes half of them.
-        sizes = [
-            size,
-            size,
-            size if capacity.patches else 0,
-            (num_sequences * capacity.documents + 2) // 2,
-            (num_sequences * capacity.patches + 2) // 2,
-        ]
-        memory = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pin)
-        self.tokens, self.targets, self.decoder_patch, documents, patches = torch.split(memory, sizes)
+    def __init__(self, size: int, *, pin: bool) -> None:
+        self._size = size
+        self._pin = pin
+        self._free: deque[Int64Array] = deque()
+
+    def take(self) -> torch.Tensor:
+        """Return int64 [size] that nobody else holds; many threads may take at the same time."""
+        if self._pin:
+            return torch.empty(self._size, dtype=torch.int64, pin_memory=True)
+        try:
+            kept = self._free.pop()
+        except IndexError:
+            kept = np.empty(self._size, dtype=np.int64)
+        # The tensor, and whatever shares its storage, holds the view; nobody but the finalizer holds what it views.
+        view = kept.view()
+        weakref.finalize(view, self._free.append, kept).atexit = False
+        return torch.from_numpy(view)
+
+
+class _Tensors:
+    """The tensors of one batch while it is being written, all in one piece of memory, and NumPy's views of them."""
+
+    def __init__(self, capacity: Capacity, num_sequences: int, memory: _Memory) -> None:
+        self.tokens, self.targets, self.decoder_patch, documents, patches = torch.split(
+            memory.take(), _sizes(capacity, num_sequences)
+        )
         self.document_offsets = documents.view(torch.int32)[: num_sequences * capacity.documents + 1]
         self.patch_offsets = patches.view(torch.int32)[: num_sequences * capacity.patches + 1]
         #: int64 [2]: most tokens and most patches of any document.
@@ -63,6 +79,18 @@ class _Tensors:
             self.decoder_patch.numpy(),
             self.patch_offsets.numpy(),
         )
+
+
+def _sizes(capacity: Capacity, num_sequences: int) -> list[int]:
+    """Return the sizes of a batch's tensors in units of int64: what has int32 takes half of them."""
+    size = num_sequences * capacity.tokens
+    return [
+        size,
+        size,
+        size if capacity.patches else 0,
+        (num_sequences * capacity.documents + 2) // 2,
+        (num_sequences * capacity.patches + 2) // 2,
+    ]
 
 
 def _by_plan(sequences: Sequence[tuple[Plan, int]]) -> list[tuple[Plan, Int64Array, Int64Array]]:
@@ -96,7 +124,7 @@ class BatchBuilder:
         self._capacity = capacity
         self._num_sequences = num_sequences
         self._is_patched = capacity.patches > 0
-        self._pin = pin
+        self._memory = _Memory(sum(_sizes(capacity, num_sequences)), pin=pin)
         self._static_shapes = static_shapes
 
     def build(self, sequences: Sequence[tuple[Plan, int]]) -> MicroBatch:
@@ -111,7 +139,7 @@ class BatchBuilder:
         Raises:
             InputError: the patch lengths in a shard's memory are not those that were planned with.
         """
-        out = _Tensors(self._capacity, self._num_sequences, pin=self._pin)
+        out = _Tensors(self._capacity, self._num_sequences, self._memory)
         chosen = _by_plan(sequences)
         ends = self._ends(chosen)
         for plan, indices, slots in chosen:
