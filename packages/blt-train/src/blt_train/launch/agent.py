@@ -337,9 +337,8 @@ class JobAgent(LocalElasticAgent):
             self._remaining_restarts -= 1
         self._end_processes(END_SECONDS)
         number = self._options.max_restarts - self._remaining_restarts
-        why = (
-            self.failure.sentence if self.failure is not None else "another launcher took the place of one that is gone"
-        )
+        replaced = "another launcher took the place of one that is gone"
+        why = self.failure.what if self.failure is not None else replaced
         self._announce(f"restart {number} of {self._options.max_restarts} from the latest checkpoint, since {why}")
         self.failure = None
         super()._restart_workers(worker_group)

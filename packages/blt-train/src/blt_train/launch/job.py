@@ -175,8 +175,7 @@ class _Job:
         """Return how the processes ended, or what ended them."""
         options = self._options
         try:
-            result: RunResult = agent.run()
-            return result
+            result: RunResult | None = agent.run()
         except RendezvousTimeoutError as error:
             raise ConfigError(
                 f"the launchers of {options.nodes} nodes did not come together at {options.endpoint} within "
@@ -192,6 +191,13 @@ class _Job:
             raise store_lost(options.endpoint) from error
         except TrainingError as error:
             return error
+        if result is None:
+            # What torch's agent returns where others had taken all places, and have ended.
+            raise ConfigError(
+                f"the job {options.job_id} at {options.endpoint} had all its {options.nodes} nodes without this one; give "
+                "each launcher a --node-rank of its own"
+            )
+        return result
 
     def _spec(self, handler: DynamicRendezvousHandler, logs: DefaultLogsSpecs) -> WorkerSpec:
         """Return what torch's agent runs, bound to NUMA nodes as torchrun would."""
