@@ -69,8 +69,10 @@ WAYS = {
     "copies": Way(ranks=(4,), per_micro_batch=1, parallel={"shard_ranks": 2}),
     "copies-full": Way(ranks=(4,), parallel={"shard_ranks": 2, "activation_checkpointing": "full"}),
     "selective": Way(ranks=(2,), per_micro_batch=1, parallel={"activation_checkpointing": "selective"}),
-    "compiled": Way(ranks=(2,), per_micro_batch=1, is_compiled=True),
-    "compiled-full": Way(ranks=(2,), is_compiled=True, parallel={"activation_checkpointing": "full"}),
+    "copies-reducing": Way(ranks=(4,), per_micro_batch=1, parallel={"shard_ranks": 2, "reduce_each_micro_batch": True}),
+    "compiled-full": Way(
+        ranks=(2,), per_micro_batch=1, is_compiled=True, parallel={"activation_checkpointing": "full"}
+    ),
     "averaging": Way(ranks=(1, 2, 4), hashes={"table_size": 3, "omit_partial": True, "average": True}),
 }
 

@@ -155,6 +155,7 @@ def gradients_of(mode: ActivationCheckpointing) -> tuple[dict[str, Tensor], int]
     return gradients, sum(size for place, size in kept.items() if place not in weights)
 
 
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 def test_recomputing_changes_no_gradient_and_keeps_less() -> None:
     plain, all_kept = gradients_of(ActivationCheckpointing.NONE)
     full, few_kept = gradients_of(ActivationCheckpointing.FULL)

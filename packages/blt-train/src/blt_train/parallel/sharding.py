@@ -97,6 +97,8 @@ def begin_micro_batch(model: nn.Module, config: ParallelConfig, *, is_last: bool
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last or config.reduce_each_micro_batch)
+    # Between copies of the weights once a step will do in any case: what waits for it is sharded already.
+    model.set_requires_all_reduce(is_last)
     model.set_is_last_backward(is_last)
     if not config.reshard_after_forward:
         model.set_reshard_after_backward(is_last)
