@@ -194,8 +194,8 @@ class _Job:
         if result is None:
             # What torch's agent returns where others had taken all places, and have ended.
             raise ConfigError(
-                f"the job {options.job_id} at {options.endpoint} had all its {options.nodes} nodes without this one; give "
-                "each launcher a --node-rank of its own"
+                f"the job {options.job_id} at {options.endpoint} had all its {options.nodes} nodes without this one; "
+                "give each launcher a --node-rank of its own"
             )
         return result
 
