@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from blt_data.errors import InputError
 from blt_model.packed import PackedBatch
 from blt_train.documents import Int64Array
-from blt_train.filling import fill_padding, fill_sequences
+from blt_train.filling import count_segments, fill_padding, fill_sequences
 from blt_train.plan import PADDING_PATCHES, Capacity, Plan
 
 
@@ -47,38 +48,35 @@ class _Memory:
         self._pin = pin
         self._free: deque[Int64Array] = deque()
 
-    def take(self) -> torch.Tensor:
-        """Return int64 [size] that nobody else holds; many threads may take at the same time."""
+    def take(self) -> tuple[torch.Tensor, Int64Array]:
+        """Return int64 [size] that nobody else holds, as a tensor and as an array; many threads may take at once."""
         if self._pin:
-            return torch.empty(self._size, dtype=torch.int64, pin_memory=True)
+            pinned = torch.empty(self._size, dtype=torch.int64, pin_memory=True)
+            return pinned, pinned.numpy()
         try:
             kept = self._free.pop()
         except IndexError:
             kept = np.empty(self._size, dtype=np.int64)
-        # The tensor, and whatever shares its storage, holds the view; nobody but the finalizer holds what it views.
+        # The tensor, and whatever shares its storage, holds the view; only the finalizer holds what it is a view of.
         view = kept.view()
         weakref.finalize(view, self._free.append, kept).atexit = False
-        return torch.from_numpy(view)
+        return torch.from_numpy(view), view
 
 
 class _Tensors:
     """The tensors of one batch while it is being written, all in one piece of memory, and NumPy's views of them."""
 
-    def __init__(self, capacity: Capacity, num_sequences: int, memory: _Memory) -> None:
-        self.tokens, self.targets, self.decoder_patch, documents, patches = torch.split(
-            memory.take(), _sizes(capacity, num_sequences)
+    def __init__(self, sizes: list[int], memory: _Memory) -> None:
+        tensor, array = memory.take()
+        self.tokens, self.targets, self.decoder_patch, self.document_offsets, self.patch_offsets = torch.split(
+            tensor, sizes
         )
-        self.document_offsets = documents.view(torch.int32)[: num_sequences * capacity.documents + 1]
-        self.patch_offsets = patches.view(torch.int32)[: num_sequences * capacity.patches + 1]
+        ends = list(itertools.accumulate(sizes, initial=0))
+        parts = [array[start:end] for start, end in itertools.pairwise(ends)]
         #: int64 [2]: most tokens and most patches of any document.
         self.longest = np.ones(2, dtype=np.int64)
-        self.arrays = (
-            self.tokens.numpy(),
-            self.targets.numpy(),
-            self.document_offsets.numpy(),
-            self.decoder_patch.numpy(),
-            self.patch_offsets.numpy(),
-        )
+        self.int64_arrays = (parts[0], parts[1], parts[2], self.longest)
+        self.int32_arrays = (parts[3].view(np.int32), parts[4].view(np.int32))
 
 
 def _sizes(capacity: Capacity, num_sequences: int) -> list[int]:
@@ -93,17 +91,12 @@ def _sizes(capacity: Capacity, num_sequences: int) -> list[int]:
     ]
 
 
-def _by_plan(sequences: Sequence[tuple[Plan, int]]) -> list[tuple[Plan, Int64Array, Int64Array]]:
-    """Return each plan with its sequences and their slots in the batch, both int64 [n]."""
-    found: dict[int, tuple[Plan, list[int], list[int]]] = {}
+def _by_plan(sequences: Sequence[tuple[Plan, int]]) -> list[tuple[Plan, Int64Array]]:
+    """Return each plan with int64 [n, 2] of its sequences and their slots in the batch."""
+    found: dict[int, tuple[Plan, list[tuple[int, int]]]] = {}
     for slot, (plan, index) in enumerate(sequences):
-        _, of_plan, slots_of_plan = found.setdefault(id(plan), (plan, [], []))
-        of_plan.append(index)
-        slots_of_plan.append(slot)
-    return [
-        (plan, np.array(indices, dtype=np.int64), np.array(slots, dtype=np.int64))
-        for plan, indices, slots in found.values()
-    ]
+        found.setdefault(id(plan), (plan, []))[1].append((index, slot))
+    return [(plan, np.array(places, dtype=np.int64)) for plan, places in found.values()]
 
 
 class BatchBuilder:
@@ -124,7 +117,8 @@ class BatchBuilder:
         self._capacity = capacity
         self._num_sequences = num_sequences
         self._is_patched = capacity.patches > 0
-        self._memory = _Memory(sum(_sizes(capacity, num_sequences)), pin=pin)
+        self._sizes = _sizes(capacity, num_sequences)
+        self._memory = _Memory(sum(self._sizes), pin=pin)
         self._static_shapes = static_shapes
 
     def build(self, sequences: Sequence[tuple[Plan, int]]) -> MicroBatch:
@@ -139,37 +133,34 @@ class BatchBuilder:
         Raises:
             InputError: the patch lengths in a shard's memory are not those that were planned with.
         """
-        out = _Tensors(self._capacity, self._num_sequences, self._memory)
+        out = _Tensors(self._sizes, self._memory)
         chosen = _by_plan(sequences)
         ends = self._ends(chosen)
-        for plan, indices, slots in chosen:
-            places = np.column_stack([indices, slots, ends[slots], ends[slots + 1, 1]])
-            self._fill(plan, places, out)
+        for plan, places in chosen:
+            self._fill(plan, places, ends, out)
         for slot in range(len(sequences), self._num_sequences):
             self._pad(slot, ends[slot], out)
         return self._batch(out, num_documents=int(ends[-1, 0]), num_patches=int(ends[-1, 1]))
 
-    def _ends(self, chosen: Sequence[tuple[Plan, Int64Array, Int64Array]]) -> Int64Array:
+    def _ends(self, chosen: Sequence[tuple[Plan, Int64Array]]) -> Int64Array:
         """Return int64 [B + 1, 2]: documents and patches, padding's included, of all slots before each."""
-        counts = np.zeros((self._num_sequences + 1, 2), dtype=np.int64)
         # A slot that no sequence takes is one padding document.
-        counts[1:, 0] = 1
-        counts[1:, 1] = min(PADDING_PATCHES, self._capacity.tokens)
-        for plan, indices, slots in chosen:
-            padding = self._capacity.tokens - plan.sequence_tokens[indices]
-            counts[slots + 1, 0] = plan.num_pieces[indices] + (padding > 0)
-            counts[slots + 1, 1] = plan.sequence_patches[indices] + np.minimum(PADDING_PATCHES, padding)
-        if not self._is_patched:
-            counts[:, 1] = 0
-        ends: Int64Array = np.cumsum(counts, axis=0)
+        counts = np.empty((self._num_sequences + 1, 2), dtype=np.int64)
+        counts[:] = 1, min(PADDING_PATCHES, self._capacity.tokens)
+        counts[0] = 0
+        for plan, places in chosen:
+            count_segments(
+                places, self._capacity.tokens, plan.num_pieces, plan.sequence_tokens, plan.sequence_patches, counts
+            )
+        ends: Int64Array = counts.cumsum(axis=0)
         return ends
 
-    def _fill(self, plan: Plan, places: Int64Array, out: _Tensors) -> None:
+    def _fill(self, plan: Plan, places: Int64Array, ends: Int64Array, out: _Tensors) -> None:
         """Write all sequences of one plan."""
         table = plan.documents
-        tokens, targets, document_offsets, decoder_patch, patch_offsets = out.arrays
         broken = fill_sequences(
             places,
+            ends,
             self._capacity.tokens,
             (
                 plan.first_piece,
@@ -181,8 +172,8 @@ class BatchBuilder:
                 plan.piece_skip,
             ),
             (table.tokens, table.patches, table.content_address, table.patch_address),
-            (tokens, targets, decoder_patch, out.longest),
-            (document_offsets, patch_offsets),
+            out.int64_arrays,
+            out.int32_arrays,
         )
         if broken >= 0:
             raise InputError(
@@ -192,30 +183,32 @@ class BatchBuilder:
 
     def _pad(self, slot: int, first: Int64Array, out: _Tensors) -> None:
         """Make a slot all padding."""
-        tokens, targets, document_offsets, decoder_patch, patch_offsets = out.arrays
+        tokens, targets, decoder_patch, longest = out.int64_arrays
+        document_offsets, patch_offsets = out.int32_arrays
         at = slot * self._capacity.tokens
         own = slice(at, at + self._capacity.tokens)
         document_offsets[first[0]] = at
         count = fill_padding(
             tokens[own], targets[own], decoder_patch[own], patch_offsets[first[1] :], at, int(first[1])
         )
-        out.longest[:] = np.maximum(out.longest, [self._capacity.tokens, count])
+        longest[:] = np.maximum(longest, [self._capacity.tokens, count])
 
     def _batch(self, out: _Tensors, *, num_documents: int, num_patches: int) -> MicroBatch:
         """Close the offsets and cut them to what is used, or keep all, the unused being empty segments at the end."""
-        _, _, all_documents, _, all_patches = out.arrays
-        all_documents[num_documents:] = out.tokens.numel()
-        all_patches[num_patches:] = out.tokens.numel()
-        document_offsets, patch_offsets = out.document_offsets, out.patch_offsets
-        longest = (self._capacity.tokens, patch_offsets.numel() - 1)
-        if not self._static_shapes:
-            document_offsets = document_offsets[: num_documents + 1]
-            patch_offsets = patch_offsets[: num_patches + 1]
-            longest = (int(out.longest[0]), int(out.longest[1]))
+        end = self._num_sequences * self._capacity.tokens
+        document_offsets, patch_offsets = out.int32_arrays
+        document_offsets[num_documents:] = end
+        if self._is_patched:
+            patch_offsets[num_patches:] = end
+        longest = (int(out.longest[0]), int(out.longest[1]))
+        if self._static_shapes:
+            num_documents = self._num_sequences * self._capacity.documents
+            num_patches = self._num_sequences * self._capacity.patches
+            longest = (self._capacity.tokens, num_patches)
         packed = PackedBatch(
             tokens=out.tokens,
-            document_offsets=document_offsets,
-            patch_offsets=patch_offsets if self._is_patched else None,
+            document_offsets=out.document_offsets.view(torch.int32)[: num_documents + 1],
+            patch_offsets=out.patch_offsets.view(torch.int32)[: num_patches + 1] if self._is_patched else None,
             decoder_patch=out.decoder_patch if self._is_patched else None,
             max_document_tokens=longest[0],
             max_document_patches=longest[1] if self._is_patched else None,

@@ -130,8 +130,34 @@ def fill_padding(
 
 
 @numba.njit(cache=True, nogil=True)
+def count_segments(
+    places: Int64Array,
+    num_tokens: int,
+    num_pieces: Int64Array,
+    sequence_tokens: Int64Array,
+    sequence_patches: Int64Array,
+    counts: Int64Array,
+) -> None:
+    """Count the documents and patches, padding's included, of sequences of a plan.
+
+    Args:
+        places: int64 [n, 2]: for each sequence its index in the plan and its slot in the batch.
+        num_tokens: tokens T of each slot.
+        num_pieces: as in `Plan`, like the two that follow.
+        sequence_tokens: as in `Plan`.
+        sequence_patches: as in `Plan`.
+        counts: int64 [slots + 1, 2]: row slot + 1 is written for each sequence.
+    """
+    for sequence, slot in places:
+        padding = num_tokens - sequence_tokens[sequence]
+        counts[slot + 1, 0] = num_pieces[sequence] + min(1, padding)
+        counts[slot + 1, 1] = sequence_patches[sequence] + min(PADDING_PATCHES, padding)
+
+
+@numba.njit(cache=True, nogil=True)
 def fill_sequences(
     places: Int64Array,
+    ends: Int64Array,
     num_tokens: int,
     plan: tuple[Int64Array, Int64Array, Int64Array, Int64Array, Int64Array, Int64Array, Int64Array],
     table: tuple[Int64Array, Int64Array, Int64Array, Int64Array],
@@ -141,8 +167,8 @@ def fill_sequences(
     """Write whole sequences of a plan; return -1, or the document whose patch lengths are not what was planned with.
 
     Args:
-        places: int64 [n, 5]: for each sequence its index in the plan, its slot in the batch, its first document in the
-            batch, its first patch there, and the end (exclusive) of its patches there.
+        places: int64 [n, 2]: for each sequence its index in the plan and its slot in the batch.
+        ends: int64 [slots + 1, 2]: documents and patches of all slots before each.
         num_tokens: tokens T of each slot.
         plan: of `Plan`: first_piece, num_pieces, piece_document, piece_start, piece_end, piece_patch, piece_skip.
         table: of `DocumentTable`: tokens, patches, content_address, patch_address.
@@ -155,8 +181,9 @@ def fill_sequences(
     tokens, targets, decoder_patch, longest = int64_out
     document_offsets, patch_offsets = int32_out
     is_patched = decoder_patch.size > 0
-    for sequence, slot, next_document, next_patch, end_patch in places:
+    for sequence, slot in places:
         at, end = slot * num_tokens, (slot + 1) * num_tokens
+        next_document, next_patch, end_patch = ends[slot, 0], ends[slot, 1], ends[slot + 1, 1]
         for piece in range(first_piece[sequence], first_piece[sequence] + num_pieces[sequence]):
             document, start = piece_document[piece], piece_start[piece]
             size = piece_end[piece] - start
