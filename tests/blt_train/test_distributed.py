@@ -18,8 +18,8 @@ from blt_train.metrics import StepMetrics
 
 def assert_close(steps: tuple[StepMetrics, ...], others: tuple[StepMetrics, ...]) -> None:
     """The same batches, and the same losses to rounding."""
-    assert [item.loss for item in steps] == pytest.approx([item.loss for item in others], rel=2e-4)
-    rounded = ("loss", "bpb", "gradient_norm")
+    assert [item.loss for item in steps] == pytest.approx([item.loss for item in others], rel=1e-5)
+    rounded = ("loss", "bpb", "gradient_norm", "update_norm")
     for mine, other in zip(without_times(steps), without_times(others), strict=True):
         assert {key: mine[key] for key in mine if key not in rounded} == {
             key: other[key] for key in other if key not in rounded
@@ -37,7 +37,7 @@ def test_two_processes_give_the_losses_of_one_and_resume_as_one(workplace: Path)
     steps, evaluations = read_metrics(workplace / "two")
     assert_close(steps, alone.steps)
     assert [item.holdout_bpb for item in evaluations] == pytest.approx(
-        [item.holdout_bpb for item in alone.evaluations], rel=2e-4
+        [item.holdout_bpb for item in alone.evaluations], rel=1e-5
     )
 
     # From the middle, in one process: the same batches follow.

@@ -101,6 +101,12 @@ def test_the_culprit_is_who_failed_first() -> None:
     assert culprit([lost, full, killed]) is full
     assert culprit([aborted, lost, other]) is other
     assert culprit([other, unknown]) is unknown  # the earlier of two of a kind
+    # A process that runs on hangs only if others waited for it, and for nothing else.
+    hanging = Failure(cause=Cause.HANGING, what="process 0 of 2 hangs")
+    assert culprit([aborted, lost, hanging]) is hanging
+    assert culprit([lost, hanging]) is lost
+    assert culprit([aborted, hanging, other]) is other
+    assert culprit([aborted, hanging, killed]) is killed
     assert [item.is_lasting for item in (wrong, full, killed, lost)] == [True, False, False, False]
     assert wrong.sentence == "a.arrow: is damaged"
     assert killed.sentence.startswith("process 1 of 2 was killed by SIGKILL (out of memory, perhaps)")

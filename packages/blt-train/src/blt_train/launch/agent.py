@@ -225,7 +225,7 @@ class JobAgent(LocalElasticAgent):
         if overdue:
             self._end_processes(0)
         else:
-            time.sleep(SETTLE_SECONDS)
+            self._settle()
         mine = [self._overdue()] if overdue and self._signal != signal.SIGINT else self._local_failures()
         board.report(mine)
         failure = board.agree(self._all_failures(board, mine))
@@ -238,6 +238,15 @@ class JobAgent(LocalElasticAgent):
         if failure.is_lasting or self._signal is not None:
             self._remaining_restarts = 0
         return RunResult(state=WorkerState.FAILED)
+
+    def _settle(self) -> None:
+        """Let processes fail that would not fail by themselves, so that those are left that hang."""
+        time.sleep(SETTLE_SECONDS)
+        deadline = time.monotonic() + REPORT_SECONDS
+        while time.monotonic() < deadline and None in self._exit_codes().values():
+            if any(failure.cause < Cause.HANGING for failure in self._local_failures()):
+                return
+            time.sleep(SETTLE_SECONDS / 10)
 
     def _all_failures(self, board: Board, mine: list[Failure]) -> list[Failure]:
         """Return the failures of all nodes, waiting for those that would explain the others."""
@@ -272,11 +281,8 @@ class JobAgent(LocalElasticAgent):
                     now=time.time(),
                 )
             )
-        hanging = [local_rank for local_rank, code in codes.items() if code is None]
-        causes = {failure.cause for failure in failures}
-        if Cause.PEER_SILENT in causes and causes <= PEER_CAUSES:
-            failures += [self._hanging(local_rank) for local_rank in hanging]
-        return failures
+        # Whether these hang is seen from the others' failures.
+        return failures + [self._hanging(local_rank) for local_rank, code in codes.items() if code is None]
 
     def _name(self, local_rank: int) -> str:
         """Return a process's name in messages."""

@@ -82,9 +82,13 @@ def culprit(failures: Sequence[Failure]) -> Failure:
     """Return the failure that most likely caused the others.
 
     Args:
-        failures: at least one, of all nodes.
+        failures: at least one, of all nodes; every process that still runs may be among them as hanging, and counts as
+            such only if others waited in vain and nothing else explains it.
     """
-    return min(failures, key=lambda failure: (failure.cause, failure.time, failure.what))
+    others = {failure.cause for failure in failures} - {Cause.HANGING}
+    is_hanging = Cause.PEER_SILENT in others and others <= PEER_CAUSES
+    known = [failure for failure in failures if is_hanging or failure.cause is not Cause.HANGING] or failures
+    return min(known, key=lambda failure: (failure.cause, failure.time, failure.what))
 
 
 def failures_to_json(failures: Sequence[Failure]) -> str:
