@@ -18,7 +18,10 @@ import time
 
 from tests.blt_train.ranks import start_ranks
 
+import blt_train.trainer  # noqa: F401  # loaded here, every fork has it
 from blt_train.cli import main
+from blt_train.config_parsing import load_config
+from blt_train.inputs import open_inputs
 from blt_train.metrics import read_metrics
 
 #: Seconds after which a job counts as hanging.
@@ -67,8 +70,11 @@ def collect(children: list[int], codes: dict[int, int], deadline: float) -> None
 def run_all() -> None:
     """Run all jobs."""
     split = sys.argv.index("--")
+    arguments = sys.argv[split + 1 :]
+    # Compile the kernels once, before the first fork.
+    open_inputs(load_config(arguments[1], [*arguments[2:], "run=unused"]), verify=False)
     for job in sys.argv[1:split]:
-        sys.stdout.write(f"{run_job(job, sys.argv[split + 1 :])}\n")
+        sys.stdout.write(f"{run_job(job, arguments)}\n")
         sys.stdout.flush()
 
 
