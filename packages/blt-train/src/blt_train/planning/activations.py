@@ -5,8 +5,8 @@ once where two share it. A test holds them to the bytes that real forward passes
 tensors without content, on the path that CUDA takes. Compiled blocks keep less; they are counted as eager, so that the
 figure is an upper bound.
 
-Under autocast the byte streams stay float32, since they begin as rows of the embedding, and norms read float32; results
-of matrix products have the compute dtype, and the patches' stream too.
+Under autocast results of matrix products have the compute dtype, and so have residual streams (`HALF_STREAMS`); norms
+read, and keep, float32.
 
 Legend: T positions (tokens, or patches for the latent transformer), d width, f inner width of SwiGLU, H heads, E head
 width, K vectors of a patch.
@@ -22,6 +22,10 @@ from blt_model import ModelConfig as ArchitectureConfig
 from blt_model.config import Placement, Pooling, TransformerConfig
 from blt_model.vocabulary import VOCABULARY_SIZE
 from blt_train.config import ActivationCheckpointing
+
+#: Whether `blt_model` casts the bytes' residual streams to the compute dtype under autocast, or leaves them in float32
+#: as they come from the embedding; the patches' stream has the compute dtype either way.
+HALF_STREAMS = True
 
 _FLOAT32 = 4
 _INT64 = 8
@@ -60,8 +64,8 @@ class ActivationModel:
             patches: of the micro batch.
         """
         return max(
-            self._block(stack, ActivationCheckpointing.NONE, stream) * (patches if is_latent else tokens)
-            for stack, stream, is_latent in self._stacks()
+            self._block(stack, ActivationCheckpointing.NONE, is_latent=is_latent) * (patches if is_latent else tokens)
+            for stack, is_latent in self._stacks()
         )
 
     def backward_workspace(self, *, tokens: int, patches: int) -> int:
@@ -74,20 +78,26 @@ class ActivationModel:
         return max(
             (3 * self.compute_bytes * stack.feed_forward_dim + 2 * _FLOAT32 * stack.dim)
             * (patches if is_latent else tokens)
-            for stack, _, is_latent in self._stacks()
+            for stack, is_latent in self._stacks()
         )
 
-    def _stacks(self) -> Iterator[tuple[TransformerConfig, int, bool]]:
-        """Yield every stack, the bytes of a number in its residual stream, and whether its positions are patches."""
+    def _stacks(self) -> Iterator[tuple[TransformerConfig, bool]]:
+        """Yield every stack and whether its positions are patches."""
         if isinstance(self.architecture, ByteLMConfig):
-            yield self.architecture.transformer, _FLOAT32, False
+            yield self.architecture.transformer, False
             return
-        yield self.architecture.encoder, _FLOAT32, False
-        yield self.architecture.latent, self.compute_bytes, True
-        yield self.architecture.decoder, _FLOAT32, False
+        yield self.architecture.encoder, False
+        yield self.architecture.latent, True
+        yield self.architecture.decoder, False
 
-    def _block(self, stack: TransformerConfig, mode: ActivationCheckpointing, stream: int) -> int:
+    @property
+    def _byte_stream(self) -> int:
+        """Bytes of a number in the bytes' residual streams."""
+        return self.compute_bytes if HALF_STREAMS else _FLOAT32
+
+    def _block(self, stack: TransformerConfig, mode: ActivationCheckpointing, *, is_latent: bool) -> int:
         """Bytes per position that one block keeps, its input included."""
+        stream = self.compute_bytes if is_latent else self._byte_stream
         if mode is ActivationCheckpointing.FULL:
             return stream * stack.dim
         width, compute = stack.dim, self.compute_bytes
@@ -104,9 +114,9 @@ class ActivationModel:
         silu = 0 if self.is_cpu else compute * inner
         return norms + qkv + rotated + mixed + log_sums + gates + silu + compute * inner
 
-    def _stack(self, stack: TransformerConfig, mode: ActivationCheckpointing, stream: int) -> int:
+    def _stack(self, stack: TransformerConfig, mode: ActivationCheckpointing, *, is_latent: bool = False) -> int:
         """Bytes per position of all blocks."""
-        return stack.num_layers * self._block(stack, mode, stream)
+        return stack.num_layers * self._block(stack, mode, is_latent=is_latent)
 
     def _rotary(self, stack: TransformerConfig, mode: ActivationCheckpointing) -> int:
         """Bytes per position of cosines and sines; on the CPU as complex numbers, and both where it is recomputed."""
@@ -121,7 +131,7 @@ class ActivationModel:
     def _held_by_byte_lm(self, config: ByteLMConfig, mode: ActivationCheckpointing, tokens: int) -> dict[str, int]:
         stack = config.transformer
         return {
-            "transformer": tokens * (self._stack(stack, mode, _FLOAT32) + self._rotary(stack, mode)),
+            "transformer": tokens * (self._stack(stack, mode) + self._rotary(stack, mode)),
             "logits": tokens * self._head(stack.dim),
         }
 
@@ -134,33 +144,41 @@ class ActivationModel:
             config.decoder.rope_theta,
             config.decoder.head_dim,
         )
-        latent = self._stack(config.latent, mode, self.compute_bytes) + self._rotary(config.latent, mode)
-        decoder = self._stack(config.decoder, mode, _FLOAT32)
+        latent = self._stack(config.latent, mode, is_latent=True) + self._rotary(config.latent, mode)
+        decoder = self._stack(config.decoder, mode)
         if not shares_layout:
             decoder += self._rotary(config.decoder, mode)
         if config.projects_patches:
             latent += self.compute_bytes * config.patch_dim
         return {
             "embedding": tokens * hashes,
-            "encoder": tokens * (self._stack(config.encoder, mode, _FLOAT32) + self._rotary(config.encoder, mode)),
-            "encoder_cross_attention": self._patches_read_bytes(config, tokens, patches),
+            "encoder": tokens * (self._stack(config.encoder, mode) + self._rotary(config.encoder, mode)),
+            "encoder_cross_attention": self._patches_read_bytes(config, mode, tokens, patches),
             "latent": patches * latent,
             "decoder": tokens * decoder,
             "decoder_cross_attention": self._bytes_read_patches(config, tokens, patches),
             "logits": tokens * self._head(config.decoder.dim),
         }
 
-    def _patches_read_bytes(self, config: BLTConfig, tokens: int, patches: int) -> int:
+    def _patches_read_bytes(self, config: BLTConfig, mode: ActivationCheckpointing, tokens: int, patches: int) -> int:
         """Bytes of pooling, projection and the encoder's cross-attentions; no mode recomputes them."""
         cross, width, compute = config.cross_attention, config.encoder.dim, self.compute_bytes
         layers = config.encoder.num_layers if cross.encoder_placement == Placement.ALL else 1
-        is_half = compute < _FLOAT32
-        pooled = _FLOAT32 * width if cross.pooling == Pooling.MAX or not is_half else _FLOAT32
-        pooling = pooled + (compute * width if is_half else 0)
-        segments = _INT64 * tokens
+        stream = self._byte_stream
+        # The largest of each patch is found anew in the backward pass, among the bytes; where the stream is float32 the
+        # norm keeps those too, and elsewhere the next block may, where it recomputes.
+        is_last = config.encoder.num_layers == 1 or cross.encoder_placement == Placement.LAST
+        is_kept = stream == _FLOAT32 or (mode is not ActivationCheckpointing.NONE and not is_last)
+        pooled_from = compute * width if cross.pooling == Pooling.MAX and not is_kept else 0
+        is_max = cross.pooling == Pooling.MAX
+        pooled = stream * width if is_max or stream == compute else 0
+        pooling = pooled + (compute * width if stream != compute else 0) + (0 if is_max else _FLOAT32)
+        segments = tokens * (_INT64 + pooled_from)
         # The norm reads float32, the query map its result, and the map to the output what attention gives.
         of_patch = cross.k * (_FLOAT32 * width + _FLOAT32 + 3 * compute * width)
         of_token = _FLOAT32 + compute * width + compute * 2 * width + _FLOAT32 * cross.k * cross.num_heads
+        # Of a stream in half precision the norm keeps a copy; the decoder keeps a float32 one itself.
+        of_token += _FLOAT32 * width if stream < _FLOAT32 else 0
         return segments + patches * (pooling + layers * of_patch) + tokens * layers * of_token
 
     def _bytes_read_patches(self, config: BLTConfig, tokens: int, patches: int) -> int:
