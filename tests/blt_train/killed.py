@@ -4,6 +4,7 @@
 
 KILL_POINTS are numbers joined by commas. For each, training starts anew in directory RUN-<number>, dies at that file
 operation (fsync, rename, link, removal), and is started again to its end. The interpreter with torch is loaded once.
+Operations of the thread that writes checkpoints count too.
 Prints how many file operations an undisturbed run takes.
 """
 
@@ -21,7 +22,7 @@ from blt_train.cli import main
 from blt_train.config_parsing import load_config
 from blt_train.inputs import open_inputs
 
-OPERATIONS = ("fsync", "replace", "symlink", "rmdir", "unlink")
+OPERATIONS = ("fsync", "replace", "rename", "symlink", "rmdir", "unlink")
 
 
 class Counter:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from tests.blt_train.samples import assert_same_tensors, blt_config, section_ten
 from blt_train import evaluate, generate, read_metrics, train
 from blt_train.checkpoint import Section, read_trainer_state
 from blt_train.exchange import export_model
-from blt_train.metrics import Metrics
 
 HELPER = "tests.blt_train.train_ranks"
 
@@ -54,15 +54,18 @@ def run_jobs(workplace: Path, repository: Path, *jobs: str) -> list[str]:
 def assert_close(run: Path, other: Path) -> None:
     """The same batches; losses and what follows from them within 1e-5."""
     rounded = {"loss", "bpb", "gradient_norm", "update_norm", "holdout_bpb", "holdout_loss"}
-    for mine, theirs in zip(read_metrics(run), read_metrics(other), strict=True):
-        rows: list[list[dict[str, object]]] = [without_times(list[Metrics](items)) for items in (mine, theirs)]
-        assert len(rows[0]) == len(rows[1])
-        for row, expected in zip(*rows, strict=True):
-            assert {key: row[key] for key in row.keys() - rounded} == {
-                key: expected[key] for key in expected.keys() - rounded
-            }
-            for key in rounded & row.keys():
-                assert row[key] == pytest.approx(expected[key], rel=1e-5), (row["step"], key)
+    for row, expected in zip(rows_of(run), rows_of(other), strict=True):
+        assert {key: row[key] for key in row.keys() - rounded} == {
+            key: expected[key] for key in expected.keys() - rounded
+        }
+        for key in rounded & row.keys():
+            assert row[key] == pytest.approx(expected[key], rel=1e-5), (row["step"], key)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics, steps and then evaluations, without what is measured."""
+    steps, evaluations = read_metrics(run)
+    return without_times([*steps, *evaluations])
 
 
 def test_eight_then_two_then_four_processes_train_as_one(workplace: Path, repository: Path) -> None:
@@ -82,10 +85,7 @@ def test_eight_then_two_then_four_processes_train_as_one(workplace: Path, reposi
     assert_close(workplace / "changed", workplace / "whole")
     assert read_trainer_state(workplace / "changed" / "latest").processes == 4
     # On as many processes as before nothing is rounded otherwise: the weights are the same, bit for bit.
-    rows = [read_metrics(workplace / name) for name in ("same", "again")]
-    assert [without_times(list[Metrics](items)) for items in rows[0]] == [
-        without_times(list[Metrics](items)) for items in rows[1]
-    ]
+    assert rows_of(workplace / "same") == rows_of(workplace / "again")
     for section in Section:
         tensors = [section_tensors(workplace / name / "latest", section) for name in ("same", "again", "changed")]
         assert_same_tensors(tensors[0], tensors[1])

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tests.blt_train.samples import assert_same_run, blt_config, byte_config, command
 
-from blt_train import generate, load_config, read_metrics, train
+from blt_train import evaluation, generate, load_config, read_metrics, train
 from blt_train.checkpoint import read_trainer_state
 from blt_train.errors import CheckpointError
 from blt_train.metrics import EvaluationMetrics, MetricsWriter, to_line
@@ -98,6 +102,87 @@ def test_sigterm_saves_then_stops(workplace: Path) -> None:
     train(blt_config(workplace, "stopped", *overrides))
     train(blt_config(workplace, "whole", *overrides))
     assert_same_run(workplace / "stopped", workplace / "whole")
+
+
+def test_a_signal_before_the_first_step_ends_at_once(workplace: Path) -> None:
+    """On a resumed run too: nothing was done since the checkpoint."""
+    arguments = ["debug-entropy", f"run={workplace / 'run'}", f"data.train={workplace / 'bytes'}"]
+    train(byte_config(workplace, "run", "schedule.total_steps=4", "checkpoint.every=2"))
+    latest = workplace / "run" / "latest"
+    latest.unlink()
+    latest.symlink_to("checkpoints/step-00000002")
+    script = (
+        "import os, signal, sys; from blt_train import trainer; from blt_train.cli import main;"
+        "original = trainer.load_for_resume;"
+        "trainer.load_for_resume = lambda *given: (os.kill(os.getpid(), signal.SIGUSR1), original(*given))[1];"
+        "main(sys.argv[1:])"
+    )
+    command_line = [sys.executable, "-c", script, "launch", *arguments, "schedule.total_steps=4", "checkpoint.every=2"]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGUSR1 before its first step; run the same command again" in done.stderr
+    assert latest.readlink() == Path("checkpoints/step-00000002")
+    assert train(byte_config(workplace, "run", "schedule.total_steps=4", "checkpoint.every=2")).is_finished
+
+
+def test_a_signal_interrupts_an_evaluation_which_is_done_anew(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["schedule.total_steps=6", "evaluation.every=3", "checkpoint.every=100", "data.sequence_tokens=32"]
+    overrides += ["batch.sequences_per_micro_batch=1", f"data.holdout={workplace / 'bytes-holdout'}"]
+    whole = train(byte_config(workplace, "whole", *overrides))
+    original = evaluation._token_nll
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        if len(read_metrics(workplace / "run")[0]) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_token_nll", interrupted)
+        stopped = train(byte_config(workplace, "run", *overrides))
+    assert (stopped.step, stopped.exit_status) == (3, 143)
+    assert [item.step for item in stopped.evaluations] == [0]
+    assert train(byte_config(workplace, "run", *overrides)).steps[-1].loss == whole.steps[-1].loss
+    assert_same_run(workplace / "run", workplace / "whole")
+
+
+def test_checkpoints_of_the_first_format_are_read_but_not_resumed(workplace: Path) -> None:
+    result = train(blt_config(workplace, "run", "schedule.total_steps=2"))
+    path = result.checkpoint / "trainer.json"
+    state = json.loads(path.read_text())
+    (source,) = state["data"]["sources"].values()
+    new = ("processes", "nonfinite_steps", "nonfinite_in_row")
+    old = {key: value for key, value in state.items() if key not in new}
+    old["data"] = {"kind": "patched", "fingerprint": source["fingerprint"], "provenance": source["provenance"]}
+    path.write_text(json.dumps(old | {"format_version": 1}))
+    assert len(bytes(generate(workplace / "run", b"a", max_new_bytes=3))) <= 3
+    with pytest.raises(CheckpointError, match=r"was written by an earlier version of blt-train.*choose another run="):
+        train(blt_config(workplace, "run", "schedule.total_steps=2"))
+    path.write_text(json.dumps(state | {"format_version": 3}))
+    with pytest.raises(CheckpointError, match="has format version 3, this blt-train reads 1 and 2"):
+        train(blt_config(workplace, "run", "schedule.total_steps=2"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("fingerprint", "0" * 64, "was trained on other data than .*fingerprint 000000000000, here "),
+        ("weight", 0.5, r"was trained with the weight 0\.5 of the source .*, here it is 1"),
+        (
+            "provenance",
+            {"scheme": {"scheme": "byte"}},
+            "was trained on other data than .* of scheme .*byte.* where here",
+        ),
+    ],
+)
+def test_other_data_is_refused_with_what_differs(workplace: Path, key: str, value: object, words: str) -> None:
+    result = train(blt_config(workplace, "run", "schedule.total_steps=2"))
+    path = result.checkpoint / "trainer.json"
+    state = json.loads(path.read_text())
+    (source,) = state["data"]["sources"].values()
+    source[key] = value
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=words):
+        train(blt_config(workplace, "run", "schedule.total_steps=2"))
 
 
 @pytest.mark.parametrize("lost", ["missing", "directory", "file"])
@@ -199,6 +284,19 @@ def test_line_that_is_no_metrics_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(to_line(good) + line + "\n")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 2 is no metrics line"):
         read_metrics(tmp_path)
+
+
+def test_training_draws_no_random_numbers(workplace: Path) -> None:
+    """So a checkpoint needs no generator's state."""
+    torch.manual_seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state(legacy=False))
+    first = train(blt_config(workplace, "run", "schedule.total_steps=3"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state(legacy=False))) == before[1:]
+    torch.manual_seed(6)
+    second = train(blt_config(workplace, "other", "schedule.total_steps=3"))
+    assert [item.loss for item in first.steps] == [item.loss for item in second.steps]
 
 
 def test_config_of_the_run_resumes_it(workplace: Path) -> None:
