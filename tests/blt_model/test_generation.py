@@ -430,6 +430,9 @@ def test_steps_of_fixed_shapes(options: dict[str, Any], seed: int, monkeypatch: 
     run(model, prompts, scheme, entropy_model, rows=5, new_bytes=50, context_start=newline)
     run(model, prompts_of(rng, [5, 40]), StaticScheme(patch_length=70), None, rows=2, new_bytes=80)
     run(entropy_model, prompts, None, None, rows=3)
+    # One row runs ahead of the entropy model, whatever chooses the bytes.
+    run(model, prompts, scheme, entropy_model, rows=1, new_bytes=50, context_start=newline)
+    run(model, prompts[:2], StaticScheme(patch_length=70), None, rows=1, new_bytes=80)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -197,7 +197,8 @@ def hash_rows_of(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
         table = torch.randn(module.weight.shape, device=run.device)
 
         def ours(weight: Tensor) -> Tensor:
-            return torch.func.functional_call(module, {"weight": weight}, (tokens, positions))
+            result: Tensor = torch.func.functional_call(module, {"weight": weight}, (tokens, positions))
+            return result
 
         yield compare("hash embeddings", [table], ours, lambda weight: weight[wanted].sum(1), dtype)
 

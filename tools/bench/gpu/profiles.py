@@ -77,4 +77,4 @@ def time_by_kind(function: Callable[[], object], device: torch.device, *, top: i
 
 
 def _is_kernel(event: Any) -> bool:
-    return event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("ProfilerStep")
+    return bool(event.device_type.name == "CUDA" and not event.name.startswith("ProfilerStep"))

@@ -12,7 +12,6 @@ the same device. The last line is JSON.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,9 +36,13 @@ from torch import Tensor
 
 from blt_model import BLT, BLTConfig, PackedBatch, pack_documents, preset
 from blt_model.loss import cross_entropy_sum
-from blt_train.config import OptimizerConfig
+from blt_train.config import ActivationCheckpointing, OptimizerConfig
+from blt_train.errors import ConfigError
 from blt_train.model_flops import training_flops
 from blt_train.optim import make_optimizer
+from blt_train.parallel.compilation import compile_blocks
+from blt_train.parallel.float8 import use_float8
+from blt_train.parallel.recomputation import recompute_blocks
 
 PATCH_LENGTH = 4.5
 
@@ -54,8 +57,8 @@ class Case:
     tokens: int
     """Tokens of a micro batch."""
     backend: str = "auto"
-    compiled: str = "model"
-    """What is compiled as one: "model", "blocks" or "nothing"."""
+    compiled: str = "blocks"
+    """What is compiled as one: "blocks", as the trainer does, "model" or "nothing"."""
     checkpointing: str = "none"
     float8: bool = False
     table_size: int | None = None
@@ -71,16 +74,16 @@ class Case:
 
 
 CASES = (
-    Case(preset="blt-1b", sequence=8192, tokens=32768, compiled="blocks"),
     Case(preset="blt-1b", sequence=8192, tokens=32768),
-    Case(preset="blt-1b", sequence=16384, tokens=32768),
     Case(preset="blt-1b", sequence=8192, tokens=65536, checkpointing="selective"),
-    Case(preset="blt-400m", sequence=8192, tokens=32768),
-    Case(preset="blt-1b", sequence=8192, tokens=32768, float8=True),
+    Case(preset="blt-400m", sequence=8192, tokens=65536),
+    Case(preset="blt-1b", sequence=16384, tokens=32768),
     Case(preset="blt-400m", sequence=16384, tokens=65536),
-    Case(preset="blt-1b", sequence=8192, tokens=32768, backend="flex"),
-    Case(preset="blt-400m", sequence=8192, tokens=32768, backend="sdpa", compiled="nothing"),
     Case(preset="blt-400m", sequence=8192, tokens=32768, compiled="nothing"),
+    Case(preset="blt-400m", sequence=8192, tokens=32768, backend="sdpa", compiled="nothing"),
+    Case(preset="blt-1b", sequence=8192, tokens=32768, float8=True),
+    Case(preset="blt-1b", sequence=8192, tokens=32768, compiled="model"),
+    Case(preset="blt-400m", sequence=8192, tokens=32768, backend="flex", compiled="nothing"),
 )
 TINY = (
     Case(preset="blt-debug", sequence=64, tokens=256, compiled="nothing"),
@@ -107,16 +110,18 @@ def make_work(case: Case, config: BLTConfig, device: torch.device) -> Work:
     batch, targets = pack_documents(texts, lengths)
     if batch.patch_offsets is None:
         raise RuntimeError("the batch has no patches")
+    num_patches = len(batch.patch_offsets) - 1
     inputs = np.array([len(text) - 1 for text in texts])
     patches = np.array([len(row) for row in lengths])
     # The trainer bounds both by the sequence, so that shapes and kernels do not depend on the batch.
-    batch = dataclasses.replace(batch, max_document_tokens=case.sequence, max_document_patches=case.sequence)
+    longest = int(1.06 * case.sequence / PATCH_LENGTH)
+    batch = dataclasses.replace(batch, max_document_tokens=case.sequence, max_document_patches=longest)
     return Work(
         batch.to(device),
         targets.to(device),
         training_flops(config, inputs, patches),
         int((targets >= 4).sum()),
-        len(batch.patch_offsets) - 1,
+        num_patches,
     )
 
 
@@ -131,53 +136,15 @@ def make_model(case: Case, device: torch.device) -> tuple[BLT, BLTConfig]:
     torch.manual_seed(0)
     with torch.device(device):
         model = BLT(config, attention_backend=case.backend)
+    # In the order of blt_train.parallel.building.
     if case.float8:
         use_float8(model)
-    blocks = [block for part in (model.encoder, model.latent, model.decoder) for block in part.blocks]
-    for block in blocks:
-        if case.checkpointing != "none":
-            checkpoint_block(block, case.checkpointing)
-        if case.compiled == "blocks":
-            block.compile(dynamic=False)
-    if case.compiled == "model":
+    recompute_blocks(model, ActivationCheckpointing(case.checkpointing))
+    if case.compiled == "blocks":
+        compile_blocks(model)
+    elif case.compiled == "model":
         model.compile(dynamic=False)
     return model, config
-
-
-SAVED = frozenset(
-    name
-    for name in (
-        "aten.mm.default",
-        "aten._scaled_mm.default",
-        "torch_attn._varlen_attn.default",
-        "aten._scaled_dot_product_flash_attention.default",
-        "aten._scaled_dot_product_efficient_attention.default",
-    )
-)
-"""What selective checkpointing keeps: results that are dear to compute again."""
-
-
-def checkpoint_block(block: torch.nn.Module, kind: str) -> None:
-    """Let a block's backward compute its forward again, all of it or but for the operations in SAVED."""
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-    forward = block.forward
-
-    def policy(_context: Any, operation: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
-        kept = str(operation) in SAVED
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
-    block.forward = lambda *inputs: checkpoint(forward, *inputs, **options)  # type: ignore[method-assign]
-
-
-def use_float8(model: BLT) -> None:
-    """Let the latent transformer's linear maps multiply in 8 bits (torchao, scales per row)."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    convert_to_float8_training(model.latent, config=Float8LinearConfig.from_recipe_name("rowwise"))
 
 
 def step_of(model: BLT, work: Work, device: torch.device) -> Callable[[], None]:
@@ -246,8 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(measure(case, run, ceiling, peak))
         except torch.OutOfMemoryError:
             rows.append({"case": case.name, "bytes/s": None, "note": "out of memory"})
-        with contextlib.suppress(RuntimeError):
-            torch._dynamo.reset()
+        except ConfigError as error:
+            rows.append({"case": case.name, "bytes/s": None, "note": str(error)})
+        torch._dynamo.reset()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     for row in rows:

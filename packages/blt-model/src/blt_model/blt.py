@@ -18,7 +18,7 @@ from blt_model.cross_attention import BytesReadPatches, CrossAttention, PatchesR
 from blt_model.errors import ModelError
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.initialization import initialize_blocks, initialize_linear, truncated_normal
-from blt_model.layers import Block, RMSNorm, SequenceLayout, document_positions, make_layout
+from blt_model.layers import Block, RMSNorm, SequenceLayout, compute_dtype, document_positions, make_layout
 from blt_model.packed import PackedBatch
 from blt_model.segments import Segments, segment_max, segment_mean
 from blt_model.vocabulary import VOCABULARY_SIZE
@@ -241,6 +241,10 @@ class BLT(nn.Module):
         config, length = self.config, len(batch.tokens)
         num_patches = batch.patch_offsets.shape[0] - 1
         x = self.encoder.embed(batch.tokens, document_positions(batch.document_offsets, length))
+        if x.is_cuda:
+            # Under autocast the residual stream is in half precision too: float32 doubles what all but products must
+            # move. CPUs compute in float32 within, and converting to and fro costs them more than that saves.
+            x = x.to(compute_dtype(x))
         encoder_layout = self._byte_layout(config.encoder, batch, x)
         x, patches = self.encoder(x, encoder_layout, Segments.from_offsets(batch.patch_offsets, length))
         latent_layout = make_layout(

@@ -84,6 +84,8 @@ class ByteLM(nn.Module):
             [T, V] in the dtype that the last layer computes in.
         """
         x: Tensor = self.embedding(batch.tokens)
+        if x.is_cuda:
+            x = x.to(compute_dtype(x))  # as in BLT.forward
         layout = make_layout(
             self.config.transformer,
             batch.document_offsets,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
+from blt_model.generation import fused
 from blt_model.generation.prefill import PackedTexts
-from blt_model.generation.steps import block_steps
+from blt_model.generation.steps import BlockStep, block_steps
 
 Ints = npt.NDArray[np.int64]
 
@@ -21,13 +22,14 @@ Ints = npt.NDArray[np.int64]
 class ByteLMSteps:
     """The model's cache, its positions and its step."""
 
-    def __init__(self, model: ByteLM, rows: int, *, context_start: int | None = None) -> None:
+    def __init__(self, model: ByteLM, rows: int, *, context_start: int | None = None, is_fused: bool = False) -> None:
         """Make room.
 
         Args:
             model: whose weights are used as they lie.
             rows: texts at once.
             context_start: the token that begins a context of its own, as every text does; None for none.
+            is_fused: run the kernels of `fused`, which must be available, from static plans only.
         """
         weight = model.embedding.weight
         self.model, self.context_start = model, context_start
@@ -35,7 +37,9 @@ class ByteLMSteps:
         self.positions: Ints = np.zeros(rows, dtype=np.int64)
         """int64 [rows] of the next token in its context, unless that token begins one."""
         self._embedding = weight
-        self._blocks = block_steps(model.blocks)
+        self._is_fused = is_fused
+        blocks = block_steps(model.blocks)
+        self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
 
     def filler(self, first_row: int, texts: PackedTexts) -> CacheFiller:
         """What takes the keys and values of texts (the first in first_row) as they are run; sets their positions."""
@@ -52,13 +56,15 @@ class ByteLMSteps:
             positions = np.where(tokens.numpy(force=True) == self.context_start, 0, positions)
         return self.cache.plan(positions)
 
-    def plan_static(self, tokens: Tensor, positions: Tensor) -> AttentionStep:
+    def plan_static(self, tokens: Tensor, positions: Tensor) -> AttentionStep | fused.FusedStep:
         """Plan the same from positions on the device, int64 [n]."""
         if self.context_start is not None:
             positions = torch.where(tokens == self.context_start, 0, positions)
+        if self._is_fused:
+            return fused.FusedStep(positions, None)
         return self.cache.plan_static(positions, None, self.cache.capacity)
 
-    def step(self, tokens: Tensor, step: AttentionStep) -> Tensor:
+    def step(self, tokens: Tensor, step: AttentionStep | fused.FusedStep) -> Tensor:
         """Run one token of each of the first n rows.
 
         Args:
@@ -70,7 +76,7 @@ class ByteLMSteps:
         """
         x = F.embedding(tokens, self._embedding)
         for layer, block in enumerate(self._blocks):
-            x = block(x, self.cache, layer, step)
+            x = block(x, self.cache, layer, step)  # type: ignore[arg-type]  # blocks and plans are of one kind
         return x
 
     def advance(self, tokens: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,6 +23,7 @@ from blt_model.generation.requests import Completion, Finish, Request
 from blt_model.generation.sampling import Sampler
 from blt_model.generation.scoring import Item, PackedScorer, Score, score_shared, sharing_pays, targets_of
 from blt_model.generation.session import BLTSession, ByteLMSession, Session
+from blt_model.generation.single_row import Choose, SingleRowSession
 from blt_model.generation.text import StopStrings
 from blt_model.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCABULARY_SIZE
 
@@ -128,7 +129,8 @@ class Generator:
         elif new_patcher is None:
             raise ModelError("a blt generates patch by patch; give new_patcher, the patch scheme of its training.")
         else:
-            self._session = BLTSession(
+            kind = SingleRowSession if rows == 1 else BLTSession
+            self._session = kind(
                 model,
                 rows,
                 new_patcher=new_patcher,
@@ -142,6 +144,7 @@ class Generator:
         self._sampler = Sampler(rows, device)
         self._logits = torch.zeros(rows, VOCABULARY_SIZE, device=device, dtype=next(model.parameters()).dtype)
         self._texts: list[_Text] = []
+        self._ahead: tuple[int, float] | None = None
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Continue texts.
@@ -179,12 +182,16 @@ class Generator:
             Events. The bytes of a text's events make up the content of its completion, which is its last event.
         """
         waiting = _Waiting(requests)
-        self._texts = []
+        self._texts, self._ahead = [], None
         while True:
             yield from self._admit(waiting)
             if not self._texts:
                 return
-            yield from self._step()
+            plan = self._sampler.plan_single() if self._session.rows == 1 else None
+            if isinstance(self._session, SingleRowSession) and self._session.runs_ahead and plan is not None:
+                yield from self._step_ahead(self._session, *plan)
+            else:
+                yield from self._step()
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[bytes], continuations: Sequence[bytes], *, with_end: bool = False) -> list[Score]:
@@ -257,6 +264,27 @@ class Generator:
                 yield text.index, text.completion(ending, patches)
         for row in reversed([row for row, lives in enumerate(live) if not lives]):
             self._remove(row)
+
+    def _step_ahead(self, session: SingleRowSession, kind: Hashable, choose: Choose) -> Iterator[Event]:
+        """Give the one text one more token; what follows it is under way while the caller has its turn."""
+        (text,) = self._texts
+        if self._ahead is None:
+            tokens, logs, _ = _read(*self._sampler.choose(self._logits[:1]), None)
+            self._ahead = tokens[0], logs[0]
+            session.start(tokens[0], choose, kind)
+        token, log_probability = self._ahead
+        goes_on = token != EOS_ID and len(text.content) + 1 < text.request.max_new_bytes
+        if goes_on:
+            session.launch(self._sampler.draw_single())
+        ending = text.take(token, log_probability)
+        if piece := text.news(ended=ending is not None):
+            yield text.index, piece
+        if ending is None:
+            self._ahead = session.finish(token)
+            return
+        yield text.index, text.completion(ending, session.patches(0))
+        self._ahead = None
+        self._remove(0)
 
     def _remove(self, row: int) -> None:
         """Take a text out; the last one takes its row."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,28 @@ from torch import Tensor
 def bucket(count: int, most: int) -> int:
     """The next power of two, at most `most`: so many shapes are captured, and no more."""
     return min(most, 1 << max(count - 1, 0).bit_length())
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Let what the block starts on a GPU run beside what comes after it.
+
+    Nothing that the block allocates may be used outside it.
+
+    Args:
+        device: of the work; off CUDA things happen in their order.
+
+    Yields:
+        What makes later work wait for the block's; call it before using what the block wrote.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    main = torch.cuda.current_stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
 
 
 class GraphRunner:

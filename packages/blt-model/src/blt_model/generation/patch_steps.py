@@ -5,6 +5,8 @@ Legend: B rows, m rows that complete a patch, S bytes of the longest of those pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
@@ -12,20 +14,22 @@ from torch import Tensor
 from blt_model.blt import BLT
 from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
 from blt_model.cross_attention import CrossAttention
+from blt_model.generation import fused
 from blt_model.generation.prefill import Filler, PackedTexts, TextPatches, offsets_of
-from blt_model.generation.steps import CrossStep, block_steps, pool_patches
+from blt_model.generation.steps import BlockStep, CrossStep, block_steps, pool_patches
 
 
 class PatchSteps:
     """Open patches, the latent transformer's cache, and what the decoder reads of the newest complete patches."""
 
-    def __init__(self, model: BLT, rows: int, *, open_capacity: int = 32) -> None:
+    def __init__(self, model: BLT, rows: int, *, open_capacity: int = 32, is_fused: bool = False) -> None:
         """Make room.
 
         Args:
             model: whose weights are used as they lie.
             rows: B.
             open_capacity: bytes of an open patch at first; doubles when one grows longer.
+            is_fused: run the kernels of `fused`, which must be available, from static plans only.
         """
         config, weight = model.config, model.encoder.embedding.weight
         encoder, decoder = model.encoder, model.decoder
@@ -35,7 +39,9 @@ class PatchSteps:
         self._latent_projection = None if projection is None else projection.weight
         self._encoder_cross = cross_steps(encoder.cross_attention)
         self._decoder_cross = cross_steps(decoder.cross_attention)
-        self._blocks = block_steps(model.latent.blocks)
+        blocks = block_steps(model.latent.blocks)
+        self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
+        self._patch_keys = fused.PatchKeys(self._decoder_cross) if is_fused else None
         self.latent = AttentionCache(config.latent, rows, dtype=weight.dtype, device=weight.device)
         self.open_bytes = weight.new_zeros((len(self._encoder_cross), rows, open_capacity, config.encoder.dim))
         """[encoder layers with cross-attention, B, capacity, dim] byte states of open patches."""
@@ -69,7 +75,7 @@ class PatchSteps:
         """
         self.open_bytes[index].view(-1, states.shape[1]).index_copy_(0, slots, states)
 
-    def complete(self, rows: Tensor, step: AttentionStep, longest: int, mask: Tensor | None) -> None:
+    def complete(self, rows: Tensor, step: AttentionStep | fused.FusedStep, longest: int, mask: Tensor | None) -> None:
         """Run the patches of some rows through the latent transformer.
 
         Args:
@@ -83,7 +89,7 @@ class PatchSteps:
         if self._latent_projection is not None:
             x = F.linear(x, self._latent_projection)
         for layer, block in enumerate(self._blocks):
-            x = block(x, self.latent, layer, step)
+            x = block(x, self.latent, layer, step)  # type: ignore[arg-type]  # blocks and plans are of one kind
         self.put_latents(rows, x)
 
     def _encode(self, rows: Tensor | int | None, longest: int, mask: Tensor | None) -> Tensor:
@@ -106,6 +112,11 @@ class PatchSteps:
         """Make latent outputs [m, width] those that rows, int64 [m], read from now on."""
         projected = F.linear(latents, self._decoder_projection)
         vectors = projected.view(len(latents), self._config.cross_attention.k, -1)
+        if self._patch_keys is not None:
+            keys, values = self._patch_keys(vectors)
+            self.keys.index_copy_(1, rows, keys)
+            self.values.index_copy_(1, rows, values)
+            return
         for index, cross in enumerate(self._decoder_cross):
             keys, values = cross.keys_values(vectors)
             self.keys[index].index_copy_(0, rows, keys)
@@ -115,6 +126,8 @@ class PatchSteps:
         """Let the bytes [n, dim] of the first n rows read, in the decoder's index-th layer with cross-attention."""
         count = len(x)
         cross = self._decoder_cross[index]
+        if self._patch_keys is not None:
+            return fused.read_patches(cross, x, self.keys[index], self.values[index])
         return cross(x[:, None], self.keys[index, :count], self.values[index, :count]).squeeze(1)
 
     def copy_row(self, source: int, target: int, *, patches: int, open_length: int) -> None:

@@ -5,12 +5,13 @@ Legend: B rows, n rows in use, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blt_model.generation import fused
 from blt_model.generation.requests import SamplingOptions
 from blt_model.vocabulary import BYTE_OFFSET, EOS_ID, VOCABULARY_SIZE
 
@@ -75,6 +76,28 @@ class Sampler:
         self._options[target], self._uniforms[target] = self._options[source], self._uniforms[source]
         for tensor in (self._table, self._on_device, self._seen):
             tensor[target] = tensor[source]
+
+    def plan_single(self) -> tuple[Hashable, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] | None:
+        """How the one row chooses, for `SingleRowSession.start`; None where a choice depends on earlier ones."""
+        options = self._options[0]
+        if options.repetition_penalty != 1:
+            return None
+        if options.temperature == 0:
+            return "likeliest", lambda logits, uniform: self._single(logits, None)
+        return "drawn", self._single
+
+    def draw_single(self) -> float:
+        """The random number of the one row's next choice."""
+        return self._uniforms[0].draw() if self._options[0].temperature > 0 else 0.0
+
+    def _single(self, logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+        if uniform is None and fused.can_choose(logits):
+            return fused.likeliest(logits, BYTE_OFFSET, EOS_ID)
+        scores = logits.double()
+        log_probabilities = torch.log_softmax(scores, dim=-1)
+        scores = scores + self._forbidden
+        tokens = scores.argmax(dim=-1) if uniform is None else draw_tokens(scores, self._on_device[:1], uniform)
+        return tokens, log_probabilities.gather(1, tokens[:, None]).squeeze(1)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Choose among bytes and EOS.

@@ -14,8 +14,8 @@ Legend: n rows in use, m rows that complete a patch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +27,17 @@ from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM, next_byte_entropy
 from blt_model.caches import AttentionCache, AttentionStep
 from blt_model.config import TransformerConfig
+from blt_model.generation import fused
 from blt_model.generation.byte_lm_steps import ByteLMSteps, StepNumbers
-from blt_model.generation.graphs import GraphRunner, bucket
+from blt_model.generation.graphs import GraphRunner, beside, bucket
 from blt_model.generation.patch_steps import BLTFiller, PatchSteps
 from blt_model.generation.patching import NewPatcher, NextPatch, push_all
 from blt_model.generation.prefill import PackedTexts, TextPatches, entropies_of, prefill_blt, prefill_byte_lm
-from blt_model.generation.steps import HashHistory, Norm, block_steps
+from blt_model.generation.steps import BlockStep, HashHistory, Norm, block_steps
 from blt_model.vocabulary import VOCABULARY_SIZE
 
 Ints = npt.NDArray[np.int64]
+Plan: TypeAlias = AttentionStep | fused.FusedStep
 
 
 class Session(Protocol):
@@ -81,8 +83,9 @@ class ByteLMSession:
             graphs: replay CUDA graphs where the model is on CUDA.
         """
         self.rows, self.device = rows, model.embedding.weight.device
-        self._steps = ByteLMSteps(model, rows)
         self._runner = GraphRunner(self.device, enabled=graphs)
+        self._is_fused = self._runner.enabled and fused.available(model)
+        self._steps = ByteLMSteps(model, rows, is_fused=self._is_fused)
         self._numbers = StepNumbers(1, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._head, self._norm = model.head.weight, Norm.of(model.norm)
@@ -95,6 +98,8 @@ class ByteLMSession:
         return self._head_of(states[torch.from_numpy(packed.ends - 1).to(self.device)])
 
     def _head_of(self, states: Tensor) -> Tensor:
+        if self._is_fused and len(states) <= self.rows:
+            return fused.normed_linear(states, self._norm, self._head)
         return F.linear(self._norm(states), self._head)
 
     def encode(self, tokens: Tensor) -> None:
@@ -160,21 +165,23 @@ class BLTSession:
         config, weight = model.config, model.encoder.embedding.weight
         self.rows, self.device = rows, weight.device
         self._model, self._new_patcher = model, new_patcher
+        self._runner = GraphRunner(self.device, enabled=graphs)
+        models: list[BLT | ByteLM] = [model] if entropy_model is None else [model, entropy_model]
+        self._is_fused = self._runner.enabled and all(fused.available(one) for one in models)
         self._entropy_steps = None
         if entropy_model is not None:
-            self._entropy_steps = ByteLMSteps(entropy_model, rows, context_start=context_start)
+            self._entropy_steps = ByteLMSteps(entropy_model, rows, context_start=context_start, is_fused=self._is_fused)
         self._encoder = AttentionCache(config.encoder, rows, dtype=weight.dtype, device=self.device)
         self._decoder = AttentionCache(config.decoder, rows, dtype=weight.dtype, device=self.device)
         self._shares_plan = _plan_key(config.encoder) == _plan_key(config.decoder)
-        self._patch_steps = PatchSteps(model, rows)
+        self._patch_steps = PatchSteps(model, rows, is_fused=self._is_fused)
         hashes = model.encoder.hash_embedding
         self._hashes = None if hashes is None else HashHistory(hashes, rows)
-        self._encoder_blocks = block_steps(model.encoder.blocks)
-        self._decoder_blocks = block_steps(model.decoder.blocks)
+        self._encoder_blocks = self._block_steps(model.encoder.blocks)
+        self._decoder_blocks = self._block_steps(model.decoder.blocks)
         self._encoder_cross = _places(model.encoder.cross_attention)
         self._decoder_cross = _places(model.decoder.cross_attention)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
-        self._runner = GraphRunner(self.device, enabled=graphs)
         self._numbers = StepNumbers(3, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
@@ -228,17 +235,18 @@ class BLTSession:
             self._numbers.upload()
             changed = [] if self._hashes is None else [self._hashes.symbols]
             self._runner.run(("encode", size), lambda: self._encode_static(size), changed)
-            entropies = None if self._entropy_steps is None else self._entropies[:count]
         else:
             plan = self._encoder.plan(positions)
             self._decoder_plan = plan if self._shares_plan else self._decoder.plan(positions)
             lm_plan = None if self._entropy_steps is None else self._entropy_steps.plan(tokens)
             slots = torch.from_numpy(np.arange(count) * self._patch_steps.open_capacity + open_lengths)
             places = torch.from_numpy(positions).to(self.device)
-            self._states, entropies = self._encode(tokens, places, slots.to(self.device), plan, lm_plan)
+            if lm_plan is not None:
+                self._put_entropies(tokens, lm_plan)
+            self._states = self._encode(tokens, places, slots.to(self.device), plan)
         positions += 1
         open_lengths += 1
-        return entropies
+        return None if self._entropy_steps is None else self._entropies[:count]
 
     def _reserve(self, positions: int, open_length: int) -> None:
         """Make room for positions and open bytes in every row."""
@@ -257,35 +265,55 @@ class BLTSession:
                 self._runner.clear()
                 self._addresses = addresses
 
+    def _block_steps(self, blocks: Iterable[object]) -> Sequence[BlockStep | fused.FusedBlock]:
+        steps = block_steps(blocks)
+        return fused.block_steps(steps) if self._is_fused else steps
+
+    def _plan_static(self, cache: AttentionCache, positions: Tensor, rows: Tensor | None, length: int) -> Plan:
+        if self._is_fused:
+            return fused.FusedStep(positions, rows)
+        return cache.plan_static(positions, rows, length)
+
     def _encode_static(self, size: int) -> None:
         positions, open_lengths, lm_positions = self._numbers.device[:, :size]
-        plan = self._encoder.plan_static(positions, None, self._encoder.capacity)
-        lm_plan = None
-        if self._entropy_steps is not None:
-            lm_plan = self._entropy_steps.plan_static(self._tokens[:size], lm_positions)
+        tokens = self._tokens[:size]
+        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity)
         slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths
-        self._states[:size], entropies = self._encode(self._tokens[:size], positions, slots, plan, lm_plan)
-        if entropies is not None:
-            self._entropies[:size] = entropies
+        # The entropy model and the encoder read nothing of each other.
+        with beside(self.device) as join:
+            if self._entropy_steps is not None:
+                self._put_entropies(tokens, self._entropy_steps.plan_static(tokens, lm_positions))
+        self._states[:size] = self._encode(tokens, positions, slots, plan)
+        join()
 
-    def _encode(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: AttentionStep, lm_plan: AttentionStep | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Byte states [n, dim] and entropies float32 [n]."""
-        entropies = None
-        if self._entropy_steps is not None and lm_plan is not None:
-            lm = self._entropy_steps
-            entropies = next_byte_entropy(lm.model.wide_logits(lm.step(tokens, lm_plan)))
-        x = F.embedding(tokens, self._model.encoder.embedding.weight)
-        if self._hashes is not None:
-            x = x + self._hashes.push(tokens, positions)
-            if self._model.config.hash_embedding.average:
-                x = x / (1 + self._model.config.hash_embedding.num_tables)
+    def _put_entropies(self, tokens: Tensor, plan: Plan) -> None:
+        """Run the entropy model for tokens, int64 [n], and leave float32 [n] nats."""
+        lm = self._entropy_steps
+        if lm is None:
+            return
+        states = lm.step(tokens, plan)
+        if self._is_fused:
+            fused.put_entropies(states, lm.model, self._entropies)
+        else:
+            self._entropies[: len(tokens)] = next_byte_entropy(lm.model.wide_logits(states))
+
+    def _encode(self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: Plan) -> Tensor:
+        """Byte states [n, dim]."""
+        x = self._embed(tokens, positions)
         for layer, block in enumerate(self._encoder_blocks):
-            x = block(x, self._encoder, layer, plan)
+            x = block(x, self._encoder, layer, plan)  # type: ignore[arg-type]  # blocks and plans are of one kind
             if layer in self._encoder_cross:
                 self._patch_steps.put_open(self._encoder_cross[layer], slots, x)
-        return x, entropies
+        return x
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        weight, config = self._model.encoder.embedding.weight, self._model.config.hash_embedding
+        if self._hashes is None:
+            return F.embedding(tokens, weight)
+        if self._is_fused:
+            return fused.embed(tokens, positions, self._hashes, weight, average=config.average)
+        x = F.embedding(tokens, weight) + self._hashes.push(tokens, positions)
+        return x / (1 + config.num_tables) if config.average else x
 
     def decode(self, tokens: Sequence[int], entropies: Sequence[float] | None, live: Sequence[bool]) -> Tensor:
         """See `Session`."""
@@ -306,15 +334,17 @@ class BLTSession:
         return self._logits[:count]
 
     def _decode_static(self, size: int) -> None:
-        plan = self._decoder.plan_static(self._numbers.device[0, :size], None, self._decoder.capacity)
+        plan = self._plan_static(self._decoder, self._numbers.device[0, :size], None, self._decoder.capacity)
         self._logits[:size] = self._decode(self._states[:size], plan)
 
-    def _decode(self, x: Tensor, plan: AttentionStep) -> Tensor:
+    def _decode(self, x: Tensor, plan: Plan) -> Tensor:
         """Logits [n, V] from byte states [n, dim]."""
         for layer, block in enumerate(self._decoder_blocks):
             if layer in self._decoder_cross:
                 x = self._patch_steps.read(self._decoder_cross[layer], x)
-            x = block(x, self._decoder, layer, plan)
+            x = block(x, self._decoder, layer, plan)  # type: ignore[arg-type]  # blocks and plans are of one kind
+        if self._is_fused:
+            return fused.normed_linear(x, self._norm, self._head)
         return F.linear(self._norm(x), self._head)
 
     def _complete(self, rows: Ints) -> None:
@@ -341,7 +371,8 @@ class BLTSession:
     def _complete_static(self, size: int, longest: int, length: int) -> None:
         rows, positions, lengths = self._patch_numbers.device[:, :size]
         mask = torch.arange(longest, device=self.device) < lengths[:, None]
-        self._patch_steps.complete(rows, self._patch_steps.latent.plan_static(positions, rows, length), longest, mask)
+        plan = self._plan_static(self._patch_steps.latent, positions, rows, length)
+        self._patch_steps.complete(rows, plan, longest, mask)
 
     def move_row(self, source: int, target: int) -> None:
         """See `Session`."""

@@ -168,13 +168,15 @@ class HashHistory:
             rows: how many.
         """
         config, device = module.config, module.weight.device
-        self._config, self._weight = config, module.weight
+        self.config, self.weight = config, module.weight
+        self.offset = BYTE_OFFSET if config.raw_bytes else 0
+        """What is taken from a token to give its symbol."""
         longest = max(config.ngram_sizes)
         self.symbols = torch.zeros(rows, longest, dtype=torch.int64, device=device)
         """int64 [rows, longest], newest first, 0 before the document."""
-        self._powers = _hash_powers(config, longest).to(device)
+        self.powers = _hash_powers(config, longest).to(device)
         self._bases = torch.arange(config.num_tables, device=device) * config.table_size
-        self._sizes = torch.tensor(config.ngram_sizes, device=device).repeat(config.num_functions)
+        self.sizes = torch.tensor(config.ngram_sizes, device=device).repeat(config.num_functions)
 
     def fill(self, row: int, tokens: Tensor) -> None:
         """Begin a row with tokens, int64 [T]."""
@@ -183,7 +185,7 @@ class HashHistory:
         self.symbols[row] = F.pad(newest, (0, longest - len(newest)))
 
     def _symbols(self, tokens: Tensor) -> Tensor:
-        return tokens - BYTE_OFFSET if self._config.raw_bytes else tokens
+        return tokens - self.offset if self.offset else tokens
 
     def push(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Take a token of each of the first n rows.
@@ -198,11 +200,11 @@ class HashHistory:
         symbols = self.symbols[: len(tokens)]
         newer = torch.cat([self._symbols(tokens)[:, None], symbols[:, :-1]], dim=1)
         symbols.copy_(newer)
-        rows = (newer[:, :, None] * self._powers).sum(1) % self._config.table_size + self._bases
+        rows = (newer[:, :, None] * self.powers).sum(1) % self.config.table_size + self._bases
         weights = None
-        if self._config.omit_partial:
-            weights = (positions[:, None] + 1 >= self._sizes).to(self._weight.dtype)
-        return F.embedding_bag(rows, self._weight, mode="sum", per_sample_weights=weights)
+        if self.config.omit_partial:
+            weights = (positions[:, None] + 1 >= self.sizes).to(self.weight.dtype)
+        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=weights)
 
 
 def _hash_powers(config: HashEmbeddingConfig, longest: int) -> Tensor:

@@ -1,0 +1,161 @@
+"""The steps of `steps` by few, fused kernels, for graphs on CUDA where a step's weights are in half precision.
+
+What is fused, and why it pays, is in `kernels`. The arithmetic differs from torch's by rounding only: it keeps float32
+between the fused operations where torch rounds.
+
+Legend: n rows, K vectors of a patch, L decoder layers with cross-attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+
+from blt_model.blt import BLT
+from blt_model.byte_lm import ByteLM
+from blt_model.caches import AttentionCache
+from blt_model.config import TransformerConfig
+from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LEAST_BLOCK = 16
+"""The inputs of a map must have this power of two as a factor, as the matrix units take so many at once."""
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The kernels; loading them loads triton."""
+    from blt_model.generation import kernels
+
+    return kernels
+
+
+def available(model: BLT | ByteLM) -> bool:
+    """Whether the kernels can run the steps of a model on its device, in its dtype."""
+    weights = list(model.parameters())
+    if not (_HAS_TRITON and all(weight.device.type == "cuda" for weight in weights)):
+        return False
+    if any(type(weight) is not torch.nn.Parameter for weight in weights):
+        return False
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float16}:
+        return False
+    config = model.config
+    stacks = [config.encoder, config.latent, config.decoder] if isinstance(model, BLT) else [model.config.transformer]  # type: ignore[union-attr]  # by the model's type
+    return all(map(_fits, stacks))
+
+
+def _fits(config: TransformerConfig) -> bool:
+    block, width = _kernels().inner_block, config.head_dim
+    maps_fit = min(block(config.dim), block(config.feed_forward_dim)) >= _LEAST_BLOCK
+    return maps_fit and config.kv_heads == config.num_heads and width >= _LEAST_BLOCK and width & (width - 1) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class FusedStep:
+    """Where one new token of each of n rows goes; everything else the kernels work out themselves."""
+
+    positions: Tensor
+    """int64 [n] of the new tokens."""
+    rows: Tensor | None
+    """int64 [n] their rows; None for the first n."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBlock:
+    """A transformer block over a cache, in five kernels."""
+
+    block: BlockStep
+
+    def __call__(self, x: Tensor, cache: AttentionCache, layer: int, step: FusedStep) -> Tensor:
+        """Run one token of each row; see `BlockStep`."""
+        block = self.block
+        heads = normed_linear(x, block.attention_norm, block.query_key_value)
+        parts, stats = _kernels().attend(
+            heads, cache.keys[layer], cache.values[layer], cache.rotary.table, step.positions, step.rows
+        )
+        x = _kernels().linear(parts, block.output, stats=stats, residual=x)
+        norm = block.feed_forward_norm
+        hidden = _kernels().linear(x, block.gate_value, norm=norm.weight, eps=norm.eps, gated=True)
+        result: Tensor = _kernels().linear(hidden, block.feed_forward_output, residual=x)
+        return result
+
+
+def normed_linear(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A linear map [n, N] of normalised rows [n, K], in a dtype of its own if one is given."""
+    result: Tensor = _kernels().linear(x, weight, norm=norm.weight, eps=norm.eps, dtype=dtype)
+    return result
+
+
+def put_entropies(x: Tensor, model: ByteLM, out: Tensor) -> None:
+    """Write the entropies of an entropy model's trunk outputs [n, dim] to float32 [at least n], in nats."""
+    logits = normed_linear(x, Norm.of(model.norm), model.head.weight, torch.float32)
+    _kernels().entropy(logits, out)
+
+
+def read_patches(cross: CrossStep, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Let the bytes [n, dim] of the first n rows read keys and values [B, H, K, E]; see `CrossStep`."""
+    query = normed_linear(x, cross.query_norm, cross.query)
+    mixed = _kernels().read_patches(query, keys, values)
+    result: Tensor = _kernels().linear(mixed, cross.output, residual=x, residual_scale=float(cross.residual))
+    return result
+
+
+def embed(tokens: Tensor, positions: Tensor, hashes: HashHistory, byte_table: Tensor, *, average: bool) -> Tensor:
+    """Byte and n-gram embeddings [n, dim] of a new token of each row, int64 [n], which the history takes."""
+    result: Tensor = _kernels().embed(
+        tokens,
+        positions,
+        hashes.symbols,
+        hashes.powers,
+        hashes.sizes,
+        hashes.weight,
+        byte_table,
+        table_size=hashes.config.table_size,
+        offset=hashes.offset,
+        omit_partial=hashes.config.omit_partial,
+        average=average,
+    )
+    return result
+
+
+def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:
+    """The fused form of a stack's blocks."""
+    return [FusedBlock(block) for block in blocks]
+
+
+class PatchKeys:
+    """Keys and values that all decoder layers' cross-attentions make of a patch, in one product."""
+
+    def __init__(self, layers: list[CrossStep]) -> None:
+        """Lay the layers' weights side by side, each with the scales of the normalisation before it."""
+        scaled = [layer.key_value.detach().float() * layer.key_norm.weight.detach().float() for layer in layers]
+        self._weight = torch.stack(scaled).to(layers[0].key_value.dtype)
+        self._eps = layers[0].key_norm.eps
+        self._width = layers[0].head_dim
+
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
+        count, each, dim = vectors.shape
+        flat = F.rms_norm(vectors, (dim,), None, self._eps).view(1, -1, dim)
+        heads = torch.matmul(flat, self._weight.transpose(1, 2))
+        key, value = heads.view(len(heads), count, each, 2, -1, self._width).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return key, value
+
+
+def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row and its log-probability; see `kernels.likeliest`."""
+    result: tuple[Tensor, Tensor] = _kernels().likeliest(logits, first, end)
+    return result
+
+
+def can_choose(logits: Tensor) -> bool:
+    """Whether `likeliest` takes these logits."""
+    return _HAS_TRITON and logits.device.type == "cuda" and logits.dtype in (torch.bfloat16, torch.float16)

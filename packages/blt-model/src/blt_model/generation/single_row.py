@@ -1,0 +1,133 @@
+"""One text at a time, with a step's host work beside the GPU's and most bytes in a single graph.
+
+Whether a byte completes a patch is known when the entropy model has run, and mostly it does not: the decoder then reads
+the patch that it read before. So the decoder and the choice of the next byte run ahead, beside the entropy model. Where
+the byte does complete a patch, the latent transformer runs, and the decoder and the choice once more; what the first
+run of the decoder left in its cache is overwritten.
+
+All counters lie on the device and are moved on by the graphs, so that a step uploads nothing but a random number, and
+the host waits once for a byte that completes no patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blt_model.generation.graphs import beside
+from blt_model.generation.session import BLTSession
+
+Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From logits [1, V] and a random number float64 [1] to a token int64 [1] and its log-probability float64 [1]."""
+
+
+class SingleRowSession(BLTSession):
+    """Text of a BLT in the one row that there is; besides what every session can, it runs ahead."""
+
+    _choose: Choose
+    _kind: Hashable
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the methods here may be used: where steps are graphs."""
+        return self._runner.enabled
+
+    def start(self, token: int, choose: Choose, kind: Hashable) -> None:
+        """Begin to run ahead, with the first token after an admitted text.
+
+        Args:
+            token: the first to take.
+            choose: how the tokens after it are chosen; runs on the device, from tensors that stay where they are.
+            kind: equal for what chooses in the same way from the same tensors.
+        """
+        if not hasattr(self, "_result"):
+            pinned = self.device.type == "cuda"
+            self._result = torch.zeros(3, dtype=torch.float64, device=self.device)
+            self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
+            self._host_result = torch.zeros(3, dtype=torch.float64, pin_memory=pinned)
+            self._host_uniform = torch.zeros(1, dtype=torch.float64, pin_memory=pinned)
+            # Views of the same memory, quicker to read and write number by number.
+            self._numbers_back, self._number_out = self._host_result.numpy(), self._host_uniform.numpy()
+        self._choose, self._kind = choose, kind
+        self._tokens.fill_(token)
+        self._numbers.host[:2] = self._positions, self._open_lengths
+        if self._entropy_steps is not None:
+            self._numbers.host[2] = self._entropy_steps.positions
+        self._numbers.upload()
+
+    def launch(self, uniform: float) -> None:
+        """Take the present token and choose the next as if no patch were complete; does not wait.
+
+        Args:
+            uniform: the random number of the choice.
+        """
+        self._reserve(int(self._positions[0]) + 1, int(self._open_lengths[0]) + 1)
+        self._number_out[0] = uniform
+        changed = [self._numbers.device, self._tokens]
+        if self._hashes is not None:
+            changed.append(self._hashes.symbols)
+        self._runner.run(("ahead", self._kind), self._ahead, changed)
+
+    def finish(self, token: int) -> tuple[int, float]:
+        """Wait for what was launched, and where it completed a patch, run what that changes.
+
+        Args:
+            token: the one that was taken.
+
+        Returns:
+            The next token, now the present one, and its log-probability.
+        """
+        self._wait()
+        self._positions[0] += 1
+        self._open_lengths[0] += 1
+        if self._entropy_steps is not None:
+            self._entropy_steps.advance([token])
+        entropy = math.nan if self._entropy_steps is None else float(self._numbers_back[2])
+        if self._patchers[0].push(token, entropy):
+            self._complete(np.zeros(1, dtype=np.int64))
+            self._runner.run(("again", self._kind), self._again, [self._tokens])
+            self._wait()
+        next_token, log_probability, _ = self._numbers_back.tolist()
+        return int(next_token), log_probability
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _ahead(self) -> None:
+        positions, open_lengths, lm_positions = self._numbers.device
+        self._uniform.copy_(self._host_uniform, non_blocking=True)
+        lm = self._entropy_steps
+        with beside(self.device) as join:
+            if lm is not None:
+                self._put_entropies(self._tokens, lm.plan_static(self._tokens, lm_positions))
+        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity)
+        self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
+        token = self._decode_and_choose(positions)
+        join()
+        if lm is not None:
+            self._result[2:] = self._entropies
+            if lm.context_start is not None:
+                lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
+        self._numbers.device.add_(1)
+        self._hand_over(token)
+
+    def _again(self) -> None:
+        self._numbers.device[1].zero_()
+        self._hand_over(self._decode_and_choose(self._numbers.device[0] - 1))
+
+    def _decode_and_choose(self, positions: Tensor) -> Tensor:
+        plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity)
+        token, log_probability = self._choose(self._decode(self._states, plan), self._uniform)
+        self._result[:1] = token
+        self._result[1:2] = log_probability
+        return token
+
+    def _hand_over(self, token: Tensor) -> None:
+        self._tokens.copy_(token)
+        self._host_result.copy_(self._result, non_blocking=True)
