@@ -78,6 +78,8 @@ def prepare_run(run: RunDirectory, inputs: Inputs, *, resume: bool) -> None:
         step = state.step
         log.info("resuming from %s", latest)
     run.clean()
+    # A launch that was killed behind its last checkpoint had no time for it.
+    run.retain(inputs.config.checkpoint)
     truncate_metrics(run.path, step)
     truncate_samples(run.path, step)
     replace_text(run.path / CONFIG_NAME, config_to_yaml(inputs.config))

@@ -139,10 +139,18 @@ class RunDirectory:
         directory = self.folder / checkpoint_name(step)
         publish_directory(written, directory)
         point_link(self.path / LATEST_NAME, f"{CHECKPOINTS_NAME}/{directory.name}")
+        self.retain(config)
+        return directory
+
+    def retain(self, config: CheckpointConfig) -> None:
+        """Remove the checkpoints that need not stay.
+
+        Args:
+            config: what stays.
+        """
         for old in self._finished()[: -config.keep_last]:
             if config.keep_every is None or int(old.name.removeprefix("step-")) % config.keep_every:
                 self._remove(old)
-        return directory
 
     def _finished(self) -> list[Path]:
         """Return the checkpoints of this run, oldest first; directories that a user named otherwise are not ours."""
