@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 SHARES = {"numerics": 60.0, "training_step": 170.0, "entropy_job": 60.0, "generation": 80.0, "real_run": 190.0}
 """Seconds of each script when all run within TOTAL."""
-TOTAL = 560.0
-GRACE = 30.0
+TOTAL = 520.0
+GRACE = 60.0
 """Seconds after its share in which a script may still finish what it has begun."""
 
 

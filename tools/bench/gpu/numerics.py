@@ -301,11 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(seed)
     torch.set_float32_matmul_precision("highest")
     parts = {
-        "attention": attention_rows,
         "segments": segment_rows,
         "hashes": hash_rows_of,
         "model": model_rows,
         "generation": generation_rows,
+        "attention": attention_rows,
     }
     rows = [row for name, part in parts.items() if run.wants(name) for row in part(run, rng)]
     report("numerics", run, rows, seed=seed)

@@ -123,7 +123,7 @@ def go(run: Settings, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     write_shards(held, folder / "bytes-holdout", shards=1)
     sequence = 256 if run.tiny else 8192
     data = {"sequence_tokens": sequence, "train": str(folder / "bytes-train"), "holdout": str(folder / "bytes-holdout")}
-    steps = (4, 4) if run.tiny else (int(run.budget * 1.2), int(run.budget * 2.5))
+    steps = (4, 4) if run.tiny else (max(20, int(run.budget)), max(20, int(1.3 * run.budget)))
     started = time.perf_counter()
     entropy = train(stage_config(run, folder, "entropy", steps[0], data=data))
     table = [figures("entropy LM", entropy, time.perf_counter() - started)]
