@@ -20,6 +20,6 @@ class TrainingError(InputError):
 #: Exit status of a job that SIGTERM ended, as shells count it.
 EXIT_SIGTERM = 143
 
-#: Exit status of a job that SIGUSR1 ended, the signal of a time limit that comes near: its checkpoint is written, and the
-#: same command goes on from it (`EX_TEMPFAIL`, by which batch scripts know to requeue the job).
+#: Exit status of a job that SIGUSR1 ended, the signal of a time limit that comes near: its checkpoint is written, and
+#: the same command goes on from it (`EX_TEMPFAIL`, by which batch scripts know to requeue the job).
 EXIT_REQUEUE = 75
