@@ -433,6 +433,23 @@ def test_steps_of_fixed_shapes(options: dict[str, Any], seed: int, monkeypatch: 
     # One row runs ahead of the entropy model, whatever chooses the bytes.
     run(model, prompts, scheme, entropy_model, rows=1, new_bytes=50, context_start=newline)
     run(model, prompts[:2], StaticScheme(patch_length=70), None, rows=1, new_bytes=80)
+    options_of = (
+        SamplingOptions(temperature=0.8, top_p=0.9, seed=7),
+        SamplingOptions(temperature=1.0, min_p=0.05, repetition_penalty=1.5),
+        SamplingOptions(repetition_penalty=1.5),
+    )
+    drawn = [
+        Request(prompt=prompt, max_new_bytes=30, sampling=sampling, stop=(b"e",))
+        for prompt in prompts[:4]
+        for sampling in options_of
+    ]
+    contents = []
+    for rows in (1, 3):
+        generator = Generator(
+            model, new_patcher=lambda: IncrementalPatcher(scheme), entropy_model=entropy_model, rows=rows
+        )
+        contents.append([(done.content, done.patches, done.finish) for done in generator.generate(drawn)])
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

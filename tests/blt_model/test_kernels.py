@@ -1,0 +1,178 @@
+"""The Triton kernels of generation against the plain steps: on CUDA as they are, elsewhere by Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from tests.blt_model.generation_oracle import fresh_seed
+from torch import Tensor, nn
+
+from blt_model.byte_lm import next_byte_entropy
+from blt_model.caches import AttentionCache
+from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, TransformerConfig
+from blt_model.cross_attention import BytesReadPatches
+from blt_model.generation import fused
+from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
+from blt_model.hash_embedding import HashEmbedding
+from blt_model.layers import Block
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# The interpreter knows no bfloat16; float32 on CUDA may go through TF32 in torch's own products.
+DTYPES = [torch.bfloat16] if CUDA else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def seed() -> int:
+    return fresh_seed()
+
+
+def in_interpreter() -> bool:
+    """Whether Triton runs its functions itself; it decides that when it is loaded."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    pytest.importorskip("triton")
+    if not (CUDA or in_interpreter()):
+        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    from blt_model.generation import kernels as module
+
+    return module
+
+
+@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+def test_in_the_interpreter() -> None:
+    """All other tests of this file, in a process whose Triton interprets."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    wide = reference.detach().double()
+    return float((ours.detach().double() - wide).norm() / wide.norm())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linear(kernels: ModuleType, rows: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, weight, scale = random(rows, 96, dtype=dtype), random(80, 96, dtype=dtype), random(96, dtype=dtype)
+    residual = random(rows, 40, dtype=dtype)
+    limit = TOLERANCE[dtype]
+    normed = F.rms_norm(x.double(), (96,), scale.double(), 1e-5)
+    gate, value = (normed @ weight.double().T).chunk(2, dim=-1)
+    assert error(kernels.linear(x, weight, norm=scale, eps=1e-5, gated=True), F.silu(gate) * value) < limit
+    half = weight[:40].contiguous()
+    wanted = x.double() @ half.double().T + 2 * residual
+    assert error(kernels.linear(x, half, residual=residual, residual_scale=2.0), wanted) < limit
+    wide = kernels.linear(x, half, norm=scale, eps=1e-5, dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert error(wide, normed @ half.double().T) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+def test_block(kernels: ModuleType, rows: list[int] | None, window: int | None, dtype: torch.dtype, seed: int) -> None:
+    """One row and two, in a ring that is not full, full and wrapped, and in a cache without window."""
+    torch.manual_seed(seed)
+    config = TransformerConfig(dim=32, num_layers=1, num_heads=2, window=window)
+    block = Block(config).to(DEVICE, dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 1.0)
+    plain = BlockStep.of(block)
+    quick = fused.FusedBlock(plain)
+    for count in (1, 2):
+        at = None if rows is None else torch.tensor(rows[:count], device=DEVICE)
+        caches = [AttentionCache(config, 3, dtype=dtype, device=DEVICE, capacity=32) for _ in range(2)]
+        for buffer in ("keys", "values"):
+            filled = torch.randn_like(getattr(caches[0], buffer))
+            for cache in caches:
+                getattr(cache, buffer).copy_(filled)
+        for places in ((0, 3), (7, 20), (11, 8)):
+            positions = torch.tensor(places[:count], device=DEVICE)
+            x = random(count, 32, dtype=dtype)
+            wanted = plain(x, caches[0], 0, caches[0].plan_static(positions, at, caches[0].capacity))
+            found = quick(x, caches[1], 0, fused.FusedStep(positions, at))
+            assert error(found, wanted) < TOLERANCE[dtype]
+            assert error(caches[1].keys, caches[0].keys) < TOLERANCE[dtype]
+            assert error(caches[1].values, caches[0].values) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("options", [{}, {"omit_partial": True, "raw_bytes": True}, {"average": True}], ids=str)
+def test_embeddings(kernels: ModuleType, options: dict[str, Any], seed: int) -> None:
+    torch.manual_seed(seed)
+    config = HashEmbeddingConfig(table_size=97, **options)
+    module = HashEmbedding(config, 48).to(DEVICE)
+    nn.init.normal_(module.weight)
+    byte_table = random(260, 48)
+    plain, quick = HashHistory(module, 3), HashHistory(module, 3)
+    for step in range(4):
+        tokens = torch.randint(4, 260, (2,), device=DEVICE)
+        positions = torch.tensor([step, step + 1], device=DEVICE)
+        wanted = plain.push(tokens, positions) + F.embedding(tokens, byte_table)
+        if config.average:
+            wanted = wanted / (1 + config.num_tables)
+        found = fused.embed(tokens, positions, quick, byte_table, average=config.average)
+        assert error(found, wanted) < 1e-6
+        assert torch.equal(plain.symbols, quick.symbols)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_attention(kernels: ModuleType, dtype: torch.dtype, seed: int) -> None:
+    """A byte of each row reads a patch, and all layers' keys and values come from one product."""
+    torch.manual_seed(seed)
+    modules = [BytesReadPatches(CrossAttentionConfig(num_heads=4, k=2), 64, 1e-5).to(DEVICE) for _ in range(3)]
+    for module in modules:
+        module.reset_parameters(2)
+        nn.init.uniform_(module.key_norm.weight, 0.5, 1.5)
+        module.to(dtype)
+    layers = [CrossStep.of(module) for module in modules]
+    vectors = random(3, 2, 64, dtype=dtype)
+    keys, values = fused.PatchKeys(layers)(vectors)
+    x = random(2, 64, dtype=dtype)
+    for index, layer in enumerate(layers):
+        key, value = layer.keys_values(vectors)
+        assert error(keys[index], key) < TOLERANCE[dtype]
+        assert error(values[index], value) < TOLERANCE[dtype]
+        key, value = key.contiguous(), value.contiguous()
+        for count in (1, 2):
+            wanted = layer(x[:count, None], key[:count], value[:count]).squeeze(1)
+            assert error(fused.read_patches(layer, x[:count], key, value), wanted) < TOLERANCE[dtype]
+
+
+def test_entropies_and_choice(kernels: ModuleType, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = 3 * random(3, 260)
+    out = torch.zeros(4, device=DEVICE)
+    kernels.entropy(logits, out)
+    assert error(out[:3], next_byte_entropy(logits)) < 1e-5
+    tokens, log_probabilities = fused.likeliest(logits, 4, 2)
+    allowed = torch.log_softmax(logits.double(), dim=-1)
+    allowed[:, [0, 1, 3]] = -torch.inf
+    assert torch.equal(tokens, allowed.argmax(-1))
+    torch.testing.assert_close(log_probabilities, allowed.amax(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_norms_are_read_from_modules(kernels: ModuleType) -> None:
+    """A normalisation's own scale is used, not another's."""
+    norm = Norm(torch.full((32,), 2.0, device=DEVICE), 1e-5)
+    x, weight = random(1, 32), random(16, 32)
+    assert error(fused.normed_linear(x, norm, weight), F.rms_norm(x, (32,), norm.weight, 1e-5) @ weight.T) < 1e-2
