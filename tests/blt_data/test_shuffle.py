@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -510,15 +511,27 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
     return source, tmp_path / "out"
 
 
+def spills_of(output: Path) -> list[Path]:
+    return sorted(path for path in output.glob(".work/scatter/*/spill-*") if path.suffix != ".npy")
+
+
 def test_damaged_spill_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = interrupted(tmp_path, monkeypatch)
-    spills = [path for path in output.glob(".work/scatter/*/spill-*") if path.suffix != ".npy"]
-    data = spills[0].read_bytes()
-    spills[0].write_bytes(b"\xff" * 400 + data[400:])
+    run(source, tmp_path / "clean", shard_bytes=5000, workers=1)
+    for path in spills_of(output):
+        path.write_bytes(b"\xff" * 400 + path.read_bytes()[400:])
     with pytest.raises(TasksFailedError, match=r"is damaged; delete .*\.work and run the same command again"):
         run(source, output, shard_bytes=5000, workers=1)
-    # One that has lost its end is seen before anything is read: its task is done again.
-    spills[0].write_bytes(data[:-1])
+    # What the sentence says mends it, also where a shard was written from damaged bytes before the damage was seen.
+    shutil.rmtree(output / ".work")
+    run(source, output, shard_bytes=5000, workers=1)
+    assert files_of(output) == files_of(tmp_path / "clean")
+
+
+def test_spill_that_has_lost_its_end_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = interrupted(tmp_path, monkeypatch)
+    first = spills_of(output)[0]
+    first.write_bytes(first.read_bytes()[:-1])
     run(source, output, shard_bytes=5000, workers=1)
     run(source, tmp_path / "clean", shard_bytes=5000, workers=1)
     assert files_of(output) == files_of(tmp_path / "clean")

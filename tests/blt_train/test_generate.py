@@ -265,7 +265,8 @@ def test_contexts_begin_at_new_lines_where_they_did_in_scoring(blt_run: Path, tm
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", blt_run, copy], check=True)
     document = json.loads(state_file.read_text(encoding="utf-8"))
-    document["data"]["provenance"]["entropy_model"]["reset_at_newlines"] = True
+    for source in document["data"]["sources"].values():
+        source["provenance"]["entropy_model"]["reset_at_newlines"] = True
     (copy / "latest" / "trainer.json").write_text(json.dumps(document), encoding="utf-8")
     changed = open_model(copy, device="cpu")
     assert changed.reset_at_newlines
