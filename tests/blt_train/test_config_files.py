@@ -70,6 +70,10 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path: Path, monkeypatc
         ({"a": "extends: b.yaml\n", "b": "- 1\n"}, "b.yaml must be a mapping of config keys, not list"),
         ({"a": "extends: b.yaml\n", "b": "run: [\n"}, "b.yaml is not valid YAML"),
         ({"a": "extends: debug-blt\nextend: x\n"}, "a.yaml: unknown key extend"),
+        (
+            {"a": "extends: b.yaml\n", "b": "schedule:\n  total_steps: 3\n  total_steps: 30\n"},
+            "b.yaml gives the key total_steps twice, on line 2 and on line 3: remove one of them",
+        ),
     ],
 )
 def test_wrong_files(files: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -117,3 +121,17 @@ def test_every_packaged_config_says_what_it_is() -> None:
     assert done.exit_code == 0
     assert "blt-1b-dclm-h100x64" in done.stdout
     assert "blt-1b-dclm-h100x8 " not in done.stdout
+    assert CliRunner().invoke(main, ["configs", "1B", "X64"]).stdout == done.stdout
+    done = CliRunner().invoke(main, ["configs", "zzz"])
+    assert done.exit_code != 0
+    assert "packaged configs has zzz in its name; `blt-train configs` alone lists them all" in done.output
+
+
+def test_merge_keys_are_no_repeated_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "extends: debug-blt\noptimizer: {<<: {beta1: 0.4, beta2: 0.6}, beta1: 0.5}\n", encoding="utf-8"
+    )
+    optimizer = load_config(tmp_path / "a.yaml", ["run=x", "data.train=t"]).optimizer
+    assert (optimizer.beta1, optimizer.beta2) == (0.5, 0.6)
+    with pytest.raises(ConfigError, match=r"gives the key seed twice, on line 1 and on line 1"):
+        load_config("debug-blt", ["model.overrides={seed: 1, seed: 2}"])

@@ -140,8 +140,14 @@ def test_sources_that_do_not_fit_each_other(data: Path, tmp_path: Path, monkeypa
         (["data.sources.a={train: x}"], "data.train is 'd', but there are data.sources too"),
         (["data.train=null"], "data.train is missing"),
         (["data.train=null", "data.holdout=h", "data.sources.a={train: x}"], "data.holdout is 'h', but there are"),
-        (["data.train=null", "data.sources.a={train: x, weight: 0}"], "data.sources.a.weight must be above 0, not 0"),
-        (["data.train=null", "data.sources.a={train: x, weight: .inf}"], "data.sources.a.weight must be above 0"),
+        (
+            ["data.train=null", "data.sources.a={train: x, weight: 0}"],
+            "data.sources.a.weight must be a finite number above 0, not 0",
+        ),
+        (
+            ["data.train=null", "data.sources.a={train: x, weight: .inf}"],
+            "data.sources.a.weight must be a finite number above 0",
+        ),
         (["data.train=null", "data.sources.a={}"], "data.sources.a.train is missing"),
         (["data.train=null", "data.sources.a=3"], "data.sources.a must be a mapping of keys, not 3"),
         (["data.train=null", "data.sources.a={train: x, wait: 1}"], "unknown key data.sources.a.wait; did you mean "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,6 +43,16 @@ def test_an_endpoint_is_a_host_and_a_port() -> None:
     for text in ("", ":1234", "node-1:", "node-1:x", "node-1:0", "node-1:65536", "node-1:-1", "--nnodes"):
         with pytest.raises(ConfigError, match="--rdzv-endpoint"):
             Endpoint.parse(text)
+
+
+def test_a_host_that_nobody_knows_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    Endpoint(host="127.0.0.1", port=1).check_host()
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ConfigError, match=r"--rdzv-endpoint no\.such\.host:1: no\.such\.host is not known here: give"):
+        Endpoint(host="no.such.host", port=1).check_host()
 
 
 @pytest.mark.parametrize(

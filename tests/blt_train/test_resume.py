@@ -21,7 +21,7 @@ from tests.blt_train.samples import assert_same_run, blt_config, byte_config, co
 
 from blt_train import evaluation, generate, load_config, read_metrics, train
 from blt_train.checkpoint import read_trainer_state
-from blt_train.errors import CheckpointError
+from blt_train.errors import CheckpointError, ConfigError
 from blt_train.metrics import EvaluationMetrics, MetricsWriter, to_line
 
 HELPER = Path(__file__).with_name("killed.py")
@@ -183,6 +183,61 @@ def test_other_data_is_refused_with_what_differs(workplace: Path, key: str, valu
     path.write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=words):
         train(blt_config(workplace, "run", "schedule.total_steps=2"))
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        ("model", r"model\.safetensors: is of the save step-00000004, but trainer\.json of step-00000002, so the dir"),
+        ("optimizer", r"optimizer\.safetensors: is of the save step-00000004, but trainer\.json of step-00000002"),
+        ("ema", r"ema\.safetensors: is of the save step-00000004, but trainer\.json of step-00000002"),
+        ("trainer", r"model\.safetensors: is of the save step-00000002, but trainer\.json of step-00000004"),
+        ("step", r"trainer\.json: is of the save step-00000002, but says step 4, so it was changed"),
+        ("step, unnamed", r"model\.safetensors: is of the save step-00000002, but trainer\.json of step-00000004"),
+    ],
+)
+def test_files_of_two_checkpoints_are_refused(workplace: Path, mix: str, words: str) -> None:
+    overrides = ["schedule.total_steps=4", "checkpoint.every=2", "optimizer.ema_decay=0.9"]
+    newest = train(byte_config(workplace, "run", *overrides)).checkpoint
+    early = newest.with_name("step-00000002")
+    path = early / "trainer.json"
+    if mix.startswith("step"):
+        state = json.loads(path.read_text()) | {"step": 4}
+        path.write_text(json.dumps(state if mix == "step" else state | {"save": None}))
+    else:
+        name = "trainer.json" if mix == "trainer" else f"{mix}.safetensors"
+        shutil.copy(newest / name, early / name)
+    latest = workplace / "run" / "latest"
+    latest.unlink()
+    latest.symlink_to("checkpoints/step-00000002")
+    mend = r".*point latest to one in checkpoints/ \(ln -sfn checkpoints/step-00000004 .*/latest\)"
+    with pytest.raises(CheckpointError, match=words + mend):
+        train(byte_config(workplace, "run", *overrides))
+    with pytest.raises(CheckpointError, match=words):
+        evaluation.evaluate(early, workplace / "bytes", device="cpu")
+    latest.unlink()
+    latest.symlink_to("checkpoints/step-00000004")
+    assert train(byte_config(workplace, "run", *overrides)).is_finished
+
+
+def test_checkpoints_of_a_version_that_named_no_save_are_resumed(workplace: Path) -> None:
+    checkpoint = train(byte_config(workplace, "run", "schedule.total_steps=2")).checkpoint
+    for path in checkpoint.glob("*.safetensors"):
+        # Of the same length, so that the rest of the file stays where it is.
+        path.write_bytes(path.read_bytes().replace(b"blt_model.save", b"something.else"))
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is of an unnamed save, but .* no other checkpoint"):
+        read_trainer_state(checkpoint)
+    (checkpoint / "trainer.json").write_text(json.dumps({key: state[key] for key in state if key != "save"}))
+    assert train(byte_config(workplace, "run", "schedule.total_steps=2")).is_finished
+
+
+def test_a_run_that_is_a_file_and_a_warm_up_beyond_the_end(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (workplace / "afile").touch()
+    with pytest.raises(ConfigError, match=r"run: .*afile is a file, not a directory"):
+        train(byte_config(workplace, "afile"))
+    train(byte_config(workplace, "run", "schedule.total_steps=1", "schedule.warmup_steps=2"))
+    assert "schedule.warmup_steps (2) is more than schedule.total_steps (1)" in caplog.text
 
 
 @pytest.mark.parametrize("lost", ["missing", "directory", "file"])

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.blt_train.jobs import PATIENCE
@@ -164,12 +165,11 @@ def test_the_script_says_what_was_asked() -> None:
 
 
 def test_a_job_without_requeue_says_how_to_go_on() -> None:
-    options = SlurmOptions(requeue=False, sbatch={"output": "/logs/mine.out"}, venv=Path("/envs/my env"))
+    options = SlurmOptions(requeue=False, output_dir=Path("/logs"), venv=Path("/envs/my env"))
     script = script_of(options)
     requests = requests_of(script)
     assert "no-requeue" in requests
-    # The user's own replaces ours.
-    assert [line for line in requests if line.startswith("output=")] == ["output=/logs/mine.out"]
+    assert [line for line in requests if line.startswith("output=")] == ["output=/logs/%j.out"]
     assert "scontrol requeue" not in script
     assert "to go on from it: sbatch '/runs/50% more/slurm/launch.sbatch'" in script
     assert "\nsource '/envs/my env/bin/activate'\n" in script
@@ -201,6 +201,28 @@ def test_options_that_make_no_job_are_refused() -> None:
         SlurmOptions(nodes=0)
     assert SlurmOptions(nodes=3, gpus_per_node=4).world_size == 12
     assert SlurmOptions(nodes=3, gpus_per_node=4, processes=2).world_size == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sbatch": {"signal": "B:USR1@9"}}, "--sbatch signal is refused: use --signal-seconds"),
+        ({"sbatch": {"nodes": "2"}}, "use --nodes"),
+        ({"sbatch": {"ntasks-per-node": "2"}}, "use --nproc-per-node"),
+        ({"sbatch": {"requeue": ""}}, "use --requeue"),
+        ({"sbatch": {"output": "x"}}, "use --output-dir"),
+        ({"sbatch": {"open-mode": "truncate"}}, "goes on in the same log"),
+        ({"sbatch": {"gres": "gpu:8"}}, "use --gpus-per-node"),
+        ({"sbatch": {"Constraint": "x"}}, "--sbatch 'Constraint' is no option of sbatch"),
+        ({"sbatch": {"comment": "a\nb"}}, "--sbatch comment must be one line"),
+        ({"job_name": "a\nrm"}, "--job-name must be one line"),
+    ],
+)
+def test_what_the_script_sets_is_no_further_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SlurmOptions(**options)
+    assert message in str(caught.value)
+    assert "gres=nvme:1" in requests_of(script_of(SlurmOptions(sbatch={"gres": "nvme:1"})))
 
 
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,7 @@ def test_memory_snapshots_are_cuda_only(workplace: Path) -> None:
     config = byte_config(workplace, "run", "device=cpu", "logging.profile_step=1", "logging.memory_snapshot=true")
     with pytest.raises(ConfigError, match=r"records CUDA allocations, and this run is on the CPU: set logging\.memory"):
         train(config)
+    assert not (workplace / "run").exists()
     with pytest.raises(ConfigError, match=r"name the first with logging\.profile_step"):
         byte_config(workplace, "run", "logging.memory_snapshot=true")
 

@@ -50,6 +50,10 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name} must be {rule}, not {value!r}")
 
 
+#: What `_is_positive` asks, for errors.
+_POSITIVE = "a finite number above 0"
+
+
 def _is_positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -155,7 +159,7 @@ class DataConfig:
         for name, source in self.sources.items():
             rule = "a name of letters, digits, - and _"
             _require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None, "a key of data.sources", name, rule)
-            _require(_is_positive(source.weight), f"data.sources.{name}.weight", source.weight, "above 0")
+            _require(_is_positive(source.weight), f"data.sources.{name}.weight", source.weight, _POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +259,7 @@ class OptimizerConfig:
         steps = self.max_nonfinite_steps
         _require(steps >= 1, "optimizer.max_nonfinite_steps", steps, "at least 1")
         for name in ("learning_rate", "epsilon", "gradient_clip"):
-            _require(_is_positive(getattr(self, name)), f"optimizer.{name}", getattr(self, name), "above 0")
+            _require(_is_positive(getattr(self, name)), f"optimizer.{name}", getattr(self, name), _POSITIVE)
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
@@ -299,7 +303,7 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every: int = 200
-    """Steps between checkpoints; one is always written at the end, on SIGTERM and on SIGUSR1."""
+    """Steps between checkpoints; one is always written at the end, on SIGTERM (or a hang-up) and on SIGUSR1."""
 
     keep_last: int = 2
     """How many of the newest checkpoints stay on disk."""
@@ -346,7 +350,7 @@ class ParallelConfig:
         """Check the ranges."""
         if self.shard_ranks is not None:
             _require(self.shard_ranks >= 1, "parallel.shard_ranks", self.shard_ranks, "at least 1, or null")
-        _require(_is_positive(self.timeout_seconds), "parallel.timeout_seconds", self.timeout_seconds, "above 0")
+        _require(_is_positive(self.timeout_seconds), "parallel.timeout_seconds", self.timeout_seconds, _POSITIVE)
 
     def shard_size(self, world_size: int) -> int:
         """Return over how many ranks one copy of the weights is sharded.

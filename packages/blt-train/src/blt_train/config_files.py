@@ -83,6 +83,41 @@ def read_parts(names: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
+def load_yaml(text: str) -> Any:
+    """Return what a YAML text says, as `yaml.safe_load` does, but for a key that is given twice.
+
+    Args:
+        text: of a file or of an override's value.
+
+    Raises:
+        RepeatedKeyError: a mapping gives a key twice, of which the last would win silently.
+        YAMLError: it is no YAML.
+    """
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+class RepeatedKeyError(yaml.YAMLError):
+    """A mapping gives a key twice; the message is the end of a sentence about the text."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that a mapping gives twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping's node, with all its keys once."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if (first := lines.get((key.tag, key.value))) is not None:
+                    raise RepeatedKeyError(
+                        f"gives the key {key.value} twice, on line {first} and on line {line}: remove one of them"
+                    )
+                lines[key.tag, key.value] = line
+        return node
+
+
 def _folder() -> Traversable:
     return resources.files("blt_train") / "configs"
 
@@ -163,7 +198,9 @@ def _merged(source: _Source, above: tuple[str, ...]) -> dict[str, Any]:
 def _parse(source: _Source) -> dict[str, Any]:
     text = source.read()
     try:
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
+    except RepeatedKeyError as error:
+        raise ConfigError(f"{source.name} {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Besides what the parser refuses: whole numbers of thousands of digits, dates that are none, endless nesting.
         raise ConfigError(f"{source.name} is not valid YAML: {' '.join(str(error).split())}") from error

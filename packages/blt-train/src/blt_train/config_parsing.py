@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from blt_train.config import TrainConfig
-from blt_train.config_files import read_config_mapping, unknown_key
+from blt_train.config_files import RepeatedKeyError, load_yaml, read_config_mapping, unknown_key
 from blt_train.errors import ConfigError
 
 _ORIGIN_OVERRIDES = "the overrides"
@@ -78,7 +78,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} must have the form key=value, such as schedule.total_steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
+    except RepeatedKeyError as error:
+        raise ConfigError(f"override {override!r} {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     *sections, last = key.split(".")

@@ -169,6 +169,8 @@ def check_launch(config: TrainConfig, world_size: int) -> ArchitectureConfig:
         ConfigError: a field is at odds with another, or with the number of processes.
         InputError: data is missing or of the wrong kind.
     """
+    if Path(config.run).exists() and not Path(config.run).is_dir():
+        raise ConfigError(f"run: {config.run} is a file, not a directory; choose another run=")
     architecture = architecture_of_config(config)
     config.batch.micro_batches(world_size)
     config.parallel.shard_size(world_size)

@@ -24,6 +24,7 @@ from blt_train.checkpoint import (
     TrainerState,
     load_section,
     read_trainer_state,
+    resume_another,
 )
 from blt_train.config_parsing import config_from_mapping, config_to_mapping, config_to_yaml
 from blt_train.errors import CheckpointError, ConfigError
@@ -108,7 +109,8 @@ def check_resumable(checkpoint: Path, state: TrainerState, inputs: Inputs) -> No
     try:
         saved = to_json(from_json(_read_json(checkpoint / "config.json")))
     except ModelError as error:
-        raise CheckpointError(f"{checkpoint / 'config.json'}: {error}") from error
+        reason = str(error).removesuffix(".")
+        raise CheckpointError(f"{checkpoint / 'config.json'}: {reason}; {resume_another(checkpoint)}") from error
     if saved["architecture"] != present["architecture"]:
         raise CheckpointError(
             f"{checkpoint}: holds a model of architecture {saved['architecture']}, the config says "
@@ -200,7 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is missing or damaged; resume from another checkpoint") from error
+        raise CheckpointError(f"{path}: is missing or damaged; {resume_another(path.parent)}") from error
 
 
 def _is_fixed(key: str) -> bool:

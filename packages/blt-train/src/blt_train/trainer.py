@@ -6,6 +6,7 @@ What one step does is in `step`, where metrics go in `reporting`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from blt_train.checkpoint import (
     optimizer_tensors,
     package_versions,
 )
-from blt_train.config import TrainConfig
+from blt_train.config import ScheduleConfig, TrainConfig
 from blt_train.config_parsing import config_to_mapping
 from blt_train.errors import TrainingError
 from blt_train.evaluation import evaluate_holdouts
@@ -43,6 +44,8 @@ from blt_train.samples import is_last_sample
 from blt_train.step import StepOutcome, TrainStep
 from blt_train.stopping import StopAgreed, StopPoint, StopRequest, stop_on_signals
 from blt_train.training_samples import TrainingSampler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +102,9 @@ def train(config: TrainConfig, *, resume: bool = True, on_progress: OnProgress |
     """
     with stop_on_signals() as stop, open_runtime(config) as runtime:
         check_launch(config, runtime.world_size)
+        check_profiling(config.logging, runtime.device)
+        if runtime.is_main:
+            _tell_short_schedule(config.schedule)
         inputs = open_inputs(config, verify=runtime.is_main)
         run = RunDirectory(config.run)
         with contextlib.ExitStack() as stack:
@@ -108,6 +114,17 @@ def train(config: TrainConfig, *, resume: bool = True, on_progress: OnProgress |
             runtime.barrier()
             trainer = Trainer(inputs, runtime, run, stop)
             return trainer.run(on_progress)
+
+
+def _tell_short_schedule(schedule: ScheduleConfig) -> None:
+    """Warn of a run that ends before the learning rate has reached its peak."""
+    if schedule.warmup_steps > schedule.total_steps:
+        log.warning(
+            "schedule.warmup_steps (%d) is more than schedule.total_steps (%d), so the learning rate never reaches its "
+            "peak",
+            schedule.warmup_steps,
+            schedule.total_steps,
+        )
 
 
 class Trainer:
@@ -125,8 +142,7 @@ class Trainer:
         config = inputs.config
         self.inputs, self.runtime, self.config = inputs, runtime, config
         self._run, self._stop = run, stop
-        # Both refuse what cannot be done before time is spent on the model.
-        check_profiling(config.logging, runtime.device)
+        # Refuses what cannot be done before time is spent on the model.
         if config.parallel.float8:
             sequences = config.batch.sequences_per_micro_batch
             check_float8(runtime.device, (inputs.capacity.tokens * sequences, inputs.capacity.patches * sequences))

@@ -24,7 +24,8 @@ from blt_model.errors import ModelError
 from blt_model.weights.section_writing import BLOCK_BYTES, CHECKSUM_KEY, ROWS_KEY, SAVE_KEY, section_file_name
 from blt_model.weights.tensor_files import Place, TensorInfo, fill_from, read_header
 
-_MEND = "copy the directory again, or name another checkpoint"
+MEND = "copy the directory again, or name another checkpoint"
+"""How every error of this module ends, but for the full stop."""
 _CRC_DIGITS = 8
 
 
@@ -58,12 +59,12 @@ def section_files(directory: Path, section: str) -> list[Path]:
     counts = {int(match[2]) for match in found}
     if len(counts) > 1:
         sets = " and ".join(f"of {count}" for count in sorted(counts))
-        raise ModelError(f"{directory} holds {section} files {sets}: they are of different checkpoints; {_MEND}.")
+        raise ModelError(f"{directory} holds {section} files {sets}: they are of different checkpoints; {MEND}.")
     count = counts.pop()
     paths = [directory / section_file_name(section, index, count) for index in range(count)]
     for path in paths:
         if not path.is_file():
-            raise ModelError(f"{path} is missing; {_MEND}.")
+            raise ModelError(f"{path} is missing; {MEND}.")
     return paths
 
 
@@ -137,12 +138,12 @@ class SectionReader:
             for name, rows in _rows_of_file(path, places, metadata).items():
                 self._rows.setdefault(name, []).append(rows)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ModelError(f"{path} is damaged ({error}); {_MEND}.") from None
+            raise ModelError(f"{path} is damaged ({error}); {MEND}.") from None
         own = {key: value for key, value in metadata.items() if key not in (ROWS_KEY, CHECKSUM_KEY)}
         if not is_first and own != self.metadata:
             saves = [entries.get(SAVE_KEY, "an unnamed save") for entries in (self.metadata, own)]
             reason = f"{saves[1]}, not of {saves[0]}" if saves[0] != saves[1] else "a model of another configuration"
-            raise ModelError(f"{path} is of {reason} like the files before it; {_MEND}.")
+            raise ModelError(f"{path} is of {reason} like the files before it; {MEND}.")
         self.metadata = own
 
 
@@ -191,13 +192,13 @@ def _check_rows(name: str, rows: Sequence[_Rows], section: str) -> None:
     for index, part in enumerate(rows):
         if (_whole_shape(part), part.place.info.dtype) != (_whole_shape(first), first.place.info.dtype):
             raise ModelError(
-                f"{part.place.path} and {first.place.path} hold parts of {name} that do not fit each other; {_MEND}."
+                f"{part.place.path} and {first.place.path} hold parts of {name} that do not fit each other; {MEND}."
             )
         if part.first > done:
             raise ModelError(_gap(name, done, part.first, part, section))
         if part.first < done:
             before = rows[index - 1].place.path
-            raise ModelError(f"{part.place.path} and {before} both hold row {part.first} of {name}; {_MEND}.")
+            raise ModelError(f"{part.place.path} and {before} both hold row {part.first} of {name}; {MEND}.")
         done = part.stop
     if done < first.total:
         raise ModelError(_gap(name, done, first.total, first, section))
@@ -205,7 +206,7 @@ def _check_rows(name: str, rows: Sequence[_Rows], section: str) -> None:
 
 def _gap(name: str, first: int, stop: int, rows: _Rows, section: str) -> str:
     files = rows.place.path.parent / f"{section}-*.safetensors"
-    return f"{files} hold all rows of {name} but those from {first} to {stop - 1}; {_MEND}."
+    return f"{files} hold all rows of {name} but those from {first} to {stop - 1}; {MEND}."
 
 
 def _read_part(name: str, rows: _Rows, begin: int, end: int, target: Tensor) -> None:
@@ -243,5 +244,5 @@ def _read_block(file: BinaryIO, name: str, rows: _Rows, index: int, target: Tens
     if rows.checksums is not None and zlib.crc32(target.view(torch.uint8).numpy().data) != rows.checksums[index]:
         raise ModelError(
             f"{rows.place.path} is damaged: what it holds of {name} does not have the checksum of what was written; "
-            f"{_MEND}."
+            f"{MEND}."
         )

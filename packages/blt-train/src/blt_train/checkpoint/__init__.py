@@ -21,6 +21,7 @@ from blt_train.checkpoint.directory import (
     LATEST_NAME,
     RunDirectory,
     checkpoint_directory,
+    resume_another,
 )
 from blt_train.checkpoint.optimizer_state import load_optimizer, optimizer_tensors
 from blt_train.checkpoint.saving import SaveFigures, Saver
@@ -51,4 +52,5 @@ __all__ = [
     "optimizer_tensors",
     "package_versions",
     "read_trainer_state",
+    "resume_another",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import uuid
 from pathlib import Path
@@ -36,7 +37,7 @@ def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
     directory = Path(path)
     latest = directory / LATEST_NAME
     if latest.is_symlink() and not latest.exists():
-        raise CheckpointError(f"{latest}: points to a checkpoint that is gone; point it to one in {CHECKPOINTS_NAME}/")
+        raise CheckpointError(f"{latest}: points to a checkpoint that is gone; {_pointing(directory, None)}")
     if latest.exists():
         return latest.resolve()
     if (directory / "config.json").is_file():
@@ -53,6 +54,33 @@ def checkpoint_name(step: int) -> str:
         step: optimizer steps done.
     """
     return f"step-{step:08d}"
+
+
+def resume_another(checkpoint: Path) -> str:
+    """Return how to go on from another checkpoint than this one, as the end of an error's sentence.
+
+    Args:
+        checkpoint: the directory of the one that cannot be used.
+    """
+    folder = checkpoint.absolute().parent
+    if folder.name != CHECKPOINTS_NAME:
+        return "copy the directory again, or name another checkpoint"
+    run = folder.parent
+    if not any(path.name != checkpoint.name for path in _finished(folder)):
+        return "as the run has no other checkpoint, choose another run= to start anew"
+    return f"to resume from another checkpoint, {_pointing(run, checkpoint.name)}"
+
+
+def _pointing(run: Path, but: str | None) -> str:
+    """Return how to point a run's `latest` to the newest checkpoint, but for one that is of no use."""
+    others = [path.name for path in _finished(run / CHECKPOINTS_NAME) if path.name != but]
+    command = f"ln -sfn {CHECKPOINTS_NAME}/{others[-1] if others else 'step-…'} {shlex.quote(str(run / LATEST_NAME))}"
+    return f"point {LATEST_NAME} to one in {CHECKPOINTS_NAME}/ ({command})"
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; directories that a user named otherwise are not ours."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name))
 
 
 class RunDirectory:
@@ -153,8 +181,7 @@ class RunDirectory:
                 self._remove(old)
 
     def _finished(self) -> list[Path]:
-        """Return the checkpoints of this run, oldest first; directories that a user named otherwise are not ours."""
-        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name))
+        return _finished(self.folder)
 
     def _remove(self, directory: Path) -> None:
         """Remove a checkpoint so that, if that is interrupted, no half of it looks like one."""

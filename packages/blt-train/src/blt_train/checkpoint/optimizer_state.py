@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from blt_train.checkpoint.directory import resume_another
 from blt_train.checkpoint.sections import Section, fill_tensor, open_section
 from blt_train.errors import CheckpointError
 
@@ -51,7 +52,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         odd = sorted({*moments} ^ {*parameters})[0]
         raise CheckpointError(
             f"{checkpoint}: its section {Section.OPTIMIZER} is of other parameters than the model's ({odd} is in one "
-            "only); resume from another checkpoint"
+            f"only); {resume_another(checkpoint)}"
         )
     for name, kinds in moments.items():
         parameter = parameters[name]

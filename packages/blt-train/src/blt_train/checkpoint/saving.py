@@ -13,6 +13,7 @@ seconds, and nobody would notice that the writer of a missing marker is dead; a 
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 import time
@@ -131,6 +132,7 @@ class Saver:
         """
         self.wait()
         started = time.perf_counter()
+        state = dataclasses.replace(state, save=checkpoint_name(state.step))
         rank, world_size = self._runtime.rank, self._runtime.world_size
         pieces = {
             str(section): owned_pieces(tensors, rank=rank, world_size=world_size)
@@ -224,7 +226,7 @@ class Saver:
         if self._directory is None:
             raise RuntimeError("the directory is made first")
         size = 0
-        save = {SAVE_KEY: checkpoint_name(job.state.step)} if self._runtime.world_size > 1 else {}
+        save = {SAVE_KEY: checkpoint_name(job.state.step)}
         for section, pieces in job.pieces.items():
             _refuse_nonfinite(section, pieces)
             metadata = weights_metadata(job.architecture) if section == Section.MODEL else {}

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from blt_model import ModelError
 from blt_model.weights.native import WEIGHTS_SECTION
-from blt_model.weights.section_reading import SectionReader
+from blt_model.weights.section_reading import MEND, SectionReader
 from blt_model.weights.section_writing import Piece
+from blt_train.checkpoint.directory import resume_another
 from blt_train.errors import CheckpointError
 
 
@@ -130,7 +131,7 @@ def load_section(checkpoint: Path, section: Section, tensors: Mapping[str, Tenso
         if tuple(tensor.shape) != reader.tensors[name].shape:
             raise CheckpointError(
                 f"{reader.path_of(name)}: holds {name} with the shape {list(reader.tensors[name].shape)}, where "
-                f"{list(tensor.shape)} is needed; resume from another checkpoint"
+                f"{list(tensor.shape)} is needed; {resume_another(checkpoint)}"
             )
         fill_tensor(reader, name, tensor)
 
@@ -148,7 +149,7 @@ def open_section(checkpoint: Path, section: Section) -> SectionReader:
     try:
         return SectionReader(checkpoint, section)
     except ModelError as error:
-        raise CheckpointError(f"the checkpoint cannot be resumed: {error}") from error
+        raise _unreadable(checkpoint, error) from error
 
 
 def fill_tensor(reader: SectionReader, name: str, tensor: Tensor) -> None:
@@ -166,7 +167,13 @@ def fill_tensor(reader: SectionReader, name: str, tensor: Tensor) -> None:
     try:
         reader.read_rows(name, held.first, held.local)
     except ModelError as error:
-        raise CheckpointError(f"the checkpoint cannot be resumed: {error}") from error
+        raise _unreadable(reader.directory, error) from error
+
+
+def _unreadable(checkpoint: Path, error: ModelError) -> CheckpointError:
+    """Return the error that tells of a file that is missing or damaged, and how to go on."""
+    reason = str(error).removesuffix(".").removesuffix(f"; {MEND}")
+    return CheckpointError(f"the checkpoint cannot be resumed: {reason}; {resume_another(checkpoint)}")
 
 
 def _check_names(checkpoint: Path, section: Section, needed: Iterable[str], stored: Iterable[str]) -> None:
@@ -174,5 +181,5 @@ def _check_names(checkpoint: Path, section: Section, needed: Iterable[str], stor
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"also holds {extra[0]}"
         raise CheckpointError(
-            f"{checkpoint}: its section {section} {what}, so it is of another model; resume from another checkpoint"
+            f"{checkpoint}: its section {section} {what}, so it is of another model; {resume_another(checkpoint)}"
         )

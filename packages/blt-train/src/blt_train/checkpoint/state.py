@@ -9,7 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from blt_model import BLT, ByteLM
+from blt_model import BLT, ByteLM, ModelError
+from blt_model.weights.section_reading import section_files
+from blt_model.weights.section_writing import SAVE_KEY
+from blt_model.weights.tensor_files import read_header
+from blt_train.checkpoint.directory import checkpoint_name, resume_another
+from blt_train.checkpoint.sections import Section
 from blt_train.errors import CheckpointError
 
 FORMAT_VERSION = 2
@@ -48,6 +53,9 @@ class TrainerState:
     nonfinite_in_row: int = 0
     """How many of them were the last ones, without a sound step after them."""
 
+    save: str | None = None
+    """Name of the save, which the files of tensors bear too; None where an earlier version of blt-train wrote it."""
+
     format_version: int = FORMAT_VERSION
     """Of the checkpoint."""
 
@@ -62,6 +70,7 @@ class TrainerState:
         return {
             "format_version": self.format_version,
             "step": self.step,
+            "save": self.save,
             "processes": self.processes,
             "nonfinite_steps": self.nonfinite_steps,
             "nonfinite_in_row": self.nonfinite_in_row,
@@ -94,7 +103,7 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         checkpoint: the checkpoint's directory.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or of another version.
+        CheckpointError: the file is missing or damaged, of another version, or of another save than the tensors.
     """
     path = checkpoint / TRAINER_NAME
     try:
@@ -114,8 +123,39 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged; resume from another checkpoint") from error
+        raise CheckpointError(f"{path}: is damaged; {resume_another(checkpoint)}") from error
+    _check_save(checkpoint, state)
     return state
+
+
+def _check_save(checkpoint: Path, state: TrainerState) -> None:
+    """Refuse a directory that was put together from the files of several saves.
+
+    Files of tensors that are missing or damaged are left to those who read them.
+
+    Raises:
+        CheckpointError: naming the file that is of another save.
+    """
+    name = checkpoint_name(state.step)
+    if state.save not in (name, None):
+        raise CheckpointError(
+            f"{checkpoint / TRAINER_NAME}: is of the save {state.save}, but says step {state.step}, so it was changed; "
+            f"{resume_another(checkpoint)}"
+        )
+    for section in Section:
+        try:
+            path = section_files(checkpoint, section)[0]
+            if not path.is_file():
+                continue
+            save = read_header(path)[1].get(SAVE_KEY)
+        except ModelError:
+            continue
+        # Earlier versions gave the files of a single process no name.
+        if save != name and (save is not None or state.save is not None):
+            raise CheckpointError(
+                f"{path}: is of {f'the save {save}' if save else 'an unnamed save'}, but {TRAINER_NAME} of {name}, so "
+                f"the directory holds files of two checkpoints; {resume_another(checkpoint)}"
+            )
 
 
 def _data_of_first_version(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +183,7 @@ def _check_state(state: TrainerState) -> None:
         (state.data, dict),
         (state.data["kind"], str),
         (state.entropy_model, str | None),
+        (state.save, str | None),
         (state.packages, dict),
     ]
     for source in sources.values():

@@ -239,6 +239,7 @@ def _meeting_store(options: LaunchOptions) -> TCPStore:
         ConfigError: it cannot be served or reached.
     """
     endpoint = options.endpoint or Endpoint(host="localhost", port=0)
+    endpoint.check_host()
     operation = timedelta(seconds=STORE_SECONDS)
     if options.node_rank == 0:
         try:

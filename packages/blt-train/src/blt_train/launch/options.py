@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,22 @@ class Endpoint:
         if not 0 < number <= _MAX_PORT:
             raise ConfigError(f"--rdzv-endpoint {text!r}: the port must be between 1 and {_MAX_PORT}")
         return cls(host=host, port=number)
+
+    def check_host(self) -> None:
+        """Check that the host's name is known on this machine, as far as its name server answers.
+
+        Raises:
+            ConfigError: there is no such host.
+        """
+        try:
+            socket.getaddrinfo(self.host.strip("[]"), self.port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            # Whatever else is wrong may pass, and the launchers try for a while.
+            if isinstance(error, UnicodeError) or error.errno == socket.EAI_NONAME:
+                raise ConfigError(
+                    f"--rdzv-endpoint {self}: {self.host} is not known here: give the first node's name or address as "
+                    "this machine knows it"
+                ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

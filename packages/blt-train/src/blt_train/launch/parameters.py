@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -34,6 +35,6 @@ class Setting(click.ParamType):  # type: ignore[type-arg]  # generic in new rele
         if isinstance(value, tuple):
             return value
         name, _, setting = str(value).partition("=")
-        if not name or name.startswith("-"):
+        if not re.fullmatch("[a-z][a-z0-9-]*", name):
             self.fail(f"{value!r} is no NAME=VALUE without dashes, such as constraint=h100", param, ctx)
         return name, setting

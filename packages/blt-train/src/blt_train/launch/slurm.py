@@ -14,6 +14,25 @@ from blt_train.files import replace_text
 #: Folder of a run directory for scripts and logs.
 FOLDER_NAME = "slurm"
 SCRIPT_NAME = "launch.sbatch"
+#: Options of sbatch that are given otherwise, and how.
+_OWN_OPTIONS = {
+    **{
+        name: f"use --{name}"
+        for name in (
+            *("account", "cpus-per-task", "gpus-per-node", "job-name", "nodes", "no-requeue", "partition", "qos"),
+            *("requeue", "time"),
+        )
+    },
+    **dict.fromkeys(("gpus", "gpus-per-task"), "use --gpus-per-node"),
+    "mem-per-cpu": "use --mem-per-cpu-gb",
+    "output": "use --output-dir",
+    "signal": "use --signal-seconds",
+    "open-mode": "a job that is queued again goes on in the same log",
+    "chdir": "run this command in that directory, from which the config's paths count",
+    "parsable": "the job's number is read anyway",
+    "wrap": "the script is written by this command",
+    "array": "one run is one job",
+}
 #: The forms in which SLURM takes a time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
@@ -77,8 +96,10 @@ class SlurmOptions:
         """Check the ranges.
 
         Raises:
-            ConfigError: a value is out of range, or the signal would come before training can begin.
+            ConfigError: a value is out of range, the signal would come before training can begin, or a further option
+                is one that the script sets.
         """
+        self._check_texts()
         for name, value, least in (
             ("nodes", self.nodes, 1),
             ("gpus-per-node", self.gpus_per_node, 0),
@@ -97,6 +118,25 @@ class SlurmOptions:
                 f"--time {self.time} leaves no time to train when the checkpoint is written {self.signal_seconds} "
                 "seconds before its end: give more time, or fewer --signal-seconds"
             )
+
+    def _check_texts(self) -> None:
+        """Check what is written into the script's head, where a line's end would end an option."""
+        for name, setting in self.sbatch.items():
+            if re.fullmatch("[a-z][a-z0-9-]*", name) is None:
+                raise ConfigError(f"--sbatch {name!r} is no option of sbatch, such as constraint=h100 or exclusive")
+            mend = _OWN_OPTIONS.get(name)
+            if name.startswith("ntasks"):
+                mend = "each node runs one launcher; use --nproc-per-node for its processes"
+            elif name == "gres" and setting.startswith("gpu"):
+                mend = "use --gpus-per-node"
+            if mend is not None:
+                raise ConfigError(f"--sbatch {name} is refused: {mend}")
+        own = {"partition": self.partition, "account": self.account, "qos": self.qos, "job-name": self.job_name}
+        given = {**own, "output-dir": str(self.output_dir or "")}
+        given |= {f"sbatch {name}": setting for name, setting in self.sbatch.items()}
+        for name, text in given.items():
+            if text is not None and not text.isprintable():
+                raise ConfigError(f"--{name} must be one line of printable characters, not {text!r}")
 
     @property
     def processes_per_node(self) -> int:

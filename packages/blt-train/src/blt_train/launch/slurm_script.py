@@ -123,7 +123,7 @@ def _directives(options: SlurmOptions, *, run: Path, directory: Path) -> list[st
         ("chdir", directory),
         ("output", str(log.parent).replace("%", "%%") + f"/{log.name}"),
     ]
-    given = {name: value for name, value in requested if value is not None and name not in options.sbatch}
+    given = {name: value for name, value in requested if value is not None}
     lines = [_directive(name, str(value)) for name, value in given.items()]
     lines += [_directive(name, value) for name, value in options.sbatch.items()]
     requeue = "requeue" if options.requeue else "no-requeue"

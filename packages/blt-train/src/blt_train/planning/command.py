@@ -12,6 +12,7 @@ from blt_data.console import ByteSize, format_bytes, friendly_errors, print_tabl
 from blt_train.config import GpuName
 from blt_train.config_files import describe_packaged_configs
 from blt_train.config_parsing import load_config
+from blt_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from blt_train.planning.planner import RunPlan
@@ -90,6 +91,13 @@ def _advice(plan: RunPlan, changes: list[str] | None) -> str:
 @click.argument("words", nargs=-1, metavar="[WORD]...")
 @friendly_errors
 def configs_command(words: tuple[str, ...]) -> None:
-    """List the configs that come with the package, those whose names contain all WORDs."""
-    rows = [(name, text) for name, text in describe_packaged_configs().items() if all(word in name for word in words)]
+    """List the configs that come with the package, those whose names contain all WORDs in upper or lower case."""
+    wanted = [word.lower() for word in words]
+    packaged = describe_packaged_configs()
+    rows = [(name, text) for name, text in packaged.items() if all(word in name.lower() for word in wanted)]
+    if not rows:
+        raise ConfigError(
+            f"none of the {len(packaged)} packaged configs has {' and '.join(words)} in its name; `blt-train configs` "
+            "alone lists them all"
+        )
     print_table("Packaged configs", rows, ("name", "what"))
