@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -275,3 +276,30 @@ def test_a_browser_draws_the_curves(page: Path) -> None:
     assert "model FLOPs: " in tip
     visible = re.findall(r'<pre data-step="(\d+)">', shown)
     assert visible[0] == "0"
+
+
+def test_evaluations_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    lines: list[Metrics] = [evaluation_of(0, 8.0, {"a": 8.0}), step_of(1), evaluation_of(1, math.nan, {"a": math.nan})]
+    run = read_run(write_run(tmp_path / "run", lines, CONFIG.format(run="x", rate=1, steps=1)))
+    assert run.notes == ()
+    assert [math.isnan(point.bpb) for point in run.evaluations] == [False, True]
+    assert page_data([run], ["run"])["runs"][0]["holdout"]["bpb"] == [8.0, None]
+    text = render_comparison([run], ["run"])
+    assert "not finite" in text
+    assert "8.0000 at step 0" in text
+
+
+def test_runs_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    good, broken, output = make_run(tmp_path / "good", 2), make_run(tmp_path / "broken", 2), tmp_path / "report.html"
+    (broken / METRICS_NAME).unlink()
+    (broken / METRICS_NAME).mkdir()
+    given = [str(tmp_path / "nowhere"), str(broken), str(good)]
+    done = CliRunner().invoke(main, ["report", *given, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert f"warning: {tmp_path / 'nowhere'}: no such run directory; the run is left out" in done.stderr
+    assert f"warning: {broken / METRICS_NAME}: " in done.stderr
+    assert f"{output}: 1 run(s)" in done.stdout
+    output.unlink()
+    none = CliRunner().invoke(main, ["report", *given[:2], "--output", str(output)])
+    assert (none.exit_code, none.stderr) == (1, f"error: {tmp_path / 'nowhere'}: no such run directory\n")
+    assert not output.exists()

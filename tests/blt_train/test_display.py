@@ -33,6 +33,8 @@ def test_a_line_says_where_the_run_is() -> None:
     assert re.search(r"no step for 0:00:0[0-9]$", display.status())
     display(step_of(3, loss=float("nan"), bpb=float("nan")))
     assert "loss nan" in display.status()
+    display(step_of(4, nonfinite_steps=3))
+    assert ", 3 steps skipped as not finite, " in display.status()
 
 
 def test_lines_come_also_while_nothing_moves(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tests.blt_train.samples import blt_config, byte_config, text_documents, write_documents, write_patched
 
@@ -30,9 +32,12 @@ from blt_train import (
     read_metrics,
     step,
     train,
+    trainer,
 )
 from blt_train.checkpoint import RunDirectory, read_trainer_state
+from blt_train.cli import main
 from blt_train.errors import EXIT_SIGTERM
+from blt_train.evaluation import Evaluation
 from blt_train.inputs import architecture_of_config
 from blt_train.metrics import Metrics
 from blt_train.parallel.seeding import fresh_model
@@ -349,3 +354,56 @@ def test_trainer_state_is_plain_json(workplace: Path) -> None:
     assert set(state["packages"]) >= {"blt-train", "blt-model", "torch"}
     for path in result.checkpoint.iterdir():
         assert path.suffix in {".json", ".safetensors"}
+
+
+def test_a_run_whose_last_steps_were_not_finite_says_so(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["schedule.total_steps=4", f"run={workplace / 'run'}", f"data.train={workplace / 'bytes'}"]
+    size = byte_config(workplace, "run").batch.micro_batches(1)
+    monkeypatch.setattr(step, "cross_entropy_and_z_sum", BrokenSteps((1, 3, 4), size))
+    done = CliRunner().invoke(main, ["launch", "debug-entropy", *overrides])
+    assert done.exit_code == 0, done.output
+    assert "warning: the last 2 steps were left out as not finite, so the weights are those of step 2\n" in done.stderr
+    assert "3 steps skipped as not finite" in done.stdout
+    assert re.search(r"last batch, bits per byte .* not finite", done.stdout)
+
+
+def test_a_summary_of_evaluations_that_are_not_finite(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Evaluation(nll=math.nan, targets=9, bytes=8, documents=1, by_source={})
+    monkeypatch.setattr(trainer, "evaluate_holdouts", lambda *_, **__: broken)
+    given = [f"data.train={workplace / 'bytes'}", f"data.holdout={workplace / 'bytes-holdout'}"]
+    for _ in range(2):  # a finished run is told again
+        done = CliRunner().invoke(
+            main, ["launch", "debug-entropy", *given, f"run={workplace / 'run'}", "schedule.total_steps=1"]
+        )
+        assert done.exit_code == 0, done.output
+        assert re.search(r"held-out bits per byte, step 1 .* not finite", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_told(error: Exception, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(step, "cross_entropy_and_z_sum", fail)
+    arguments = ["launch", "debug-entropy", f"run={workplace / 'run'}", f"data.train={workplace / 'bytes'}"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    sentence = done.stderr.splitlines()[-1]
+    assert sentence.startswith("error: the ")
+    assert "lower batch.sequences_per_micro_batch or data.sequence_tokens" in sentence
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(workplace: Path) -> None:
+    config = byte_config(workplace, "run")
+    model = fresh_model(architecture_of_config(config), config.seed)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = math.nan
+    save_model(model, workplace / "model")
+    with pytest.raises(CheckpointError, match="holds weights that are not finite, the first in "):
+        evaluate(workplace / "model", workplace / "bytes-holdout", device="cpu")

@@ -6,6 +6,7 @@ What needs torch is imported by the command that needs it, so that `--help` and 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ import click
 from blt_data.console import ByteSize, format_bytes, friendly_errors, print_table, progress, sentence_of
 from blt_train.config import Precision, TrainConfig
 from blt_train.config_parsing import load_config
-from blt_train.display import TrainingDisplay
+from blt_train.display import TrainingDisplay, tell_skipped
 from blt_train.errors import EXIT_REQUEUE, ConfigError
 from blt_train.exchange_commands import export_command, import_command
 from blt_train.generate_command import generate_command
+from blt_train.hangup import stop_at_once
 from blt_train.launch.options import (
     DEFAULT_GRACE_SECONDS,
     DEFAULT_JOB_ID,
@@ -90,8 +92,8 @@ def launch_command(
     """Train the model of CONFIG, a YAML file or the name of a packaged config.
 
     Config fields are set by KEY=VALUE with dotted keys, such as `data.train=DIR schedule.total_steps=500`. A second
-    launch goes on from the latest checkpoint of the run directory. SIGTERM writes a checkpoint and exits with status
-    143, SIGUSR1 with status 75.
+    launch goes on from the latest checkpoint of the run directory. SIGTERM or a hang-up writes a checkpoint and exits
+    with status 143, SIGUSR1 with status 75.
     """
     # Read by torch when it is loaded: what its C++ parts warn of is told in one sentence here.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -107,11 +109,18 @@ def launch_command(
         endpoint=Endpoint.parse(endpoint) if endpoint is not None else None,
         **limits,
     )
+    # Loading torch takes seconds; the trainer and the launcher of several processes handle signals themselves later.
+    with stop_at_once():
+        _launch(config, overrides, options, resume=resume, is_counted=processes is None)
+
+
+def _launch(config: str, overrides: tuple[str, ...], options: LaunchOptions, *, resume: bool, is_counted: bool) -> None:
+    """Train in this process, or have this node's processes do it."""
     try:
         loaded = load_config(config, overrides)
-        options = _checked(loaded, options, is_counted=processes is None)
+        options = _checked(loaded, options, is_counted=is_counted)
     except (ValueError, OSError) as error:
-        if nodes > 1:
+        if options.nodes > 1:
             from blt_train.launch.job import tell_refusal
 
             tell_refusal(options, sentence_of(error))
@@ -174,7 +183,9 @@ def _print_summary(result: TrainResult) -> None:
         last = result.steps[-1]
         rows["bytes seen"] = format_bytes(sum(metrics.bytes for metrics in result.steps))
         rows["epochs"] = f"{last.epoch:.2f}"
-        rows["last batch, bits per byte"] = f"{last.bpb:.4f}"
+        rows["last batch, bits per byte"] = _finite(last.bpb)
+        if last.nonfinite_steps:
+            rows["left out"] = tell_skipped(last.nonfinite_steps)
         rows["speed"] = f"{format_bytes(result.bytes_per_second)}/s"
         if last.mean_patch_length is not None:
             rows["mean patch length"] = f"{last.mean_patch_length:.2f} tokens"
@@ -183,10 +194,28 @@ def _print_summary(result: TrainResult) -> None:
         rows["peak memory"] = format_bytes(last.memory_bytes)
     if result.evaluations:
         first, newest = result.evaluations[0], result.evaluations[-1]
-        rows[f"held-out bits per byte, step {first.step}"] = f"{first.holdout_bpb:.4f}"
+        rows[f"held-out bits per byte, step {first.step}"] = _finite(first.holdout_bpb)
         if newest is not first:
-            rows[f"held-out bits per byte, step {newest.step}"] = f"{newest.holdout_bpb:.4f}"
+            rows[f"held-out bits per byte, step {newest.step}"] = _finite(newest.holdout_bpb)
     print_table("Training" if result.is_finished else "Training, stopped", rows)
+    skipped = _last_skipped(result)
+    if result.is_finished and skipped:
+        which = "the last step was" if skipped == 1 else f"the last {skipped:,} steps were"
+        click.echo(
+            f"warning: {which} left out as not finite, so the weights are those of step {result.step - skipped:,}",
+            err=True,
+        )
+
+
+def _last_skipped(result: TrainResult) -> int:
+    """Return how many steps at the end of a run were left out as not finite."""
+    counts = [0, *(metrics.nonfinite_steps for metrics in result.steps)]
+    sound = (back for back in range(1, len(counts)) if counts[-back] == counts[-back - 1])
+    return next(sound, len(counts)) - 1
+
+
+def _finite(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 @main.command("evaluate", epilog="Example: blt-train evaluate --checkpoint runs/blt --data data/patches/holdout")
@@ -221,21 +250,23 @@ def evaluate_command(
             averaged=averaged,
             progress=bar,
         )
+    if not math.isfinite(result.bpb):
+        click.echo(f"warning: {checkpoint}: the loss is not finite, though the weights are", err=True)
     print_table(
         "Evaluation",
         {
             "documents": result.documents,
             "bytes": result.bytes,
             "predictions (bytes and EOS)": result.targets,
-            "nats per prediction": f"{result.loss:.4f}",
-            "bits per byte": f"{result.bpb:.4f}",
+            "nats per prediction": _finite(result.loss),
+            "bits per byte": _finite(result.bpb),
         },
     )
     if result.by_source:
         print_table(
             "By source",
             [
-                (name, tally.documents, tally.bytes, f"{tally.bpb:.4f}" if tally.bytes else "")
+                (name, tally.documents, tally.bytes, _finite(tally.bpb) if tally.bytes else "")
                 for name, tally in result.by_source.items()
             ],
             ("source", "documents", "bytes", "bits per byte"),

@@ -73,7 +73,8 @@ class TrainingDisplay:
             held_out = f" (held out {self._holdout.holdout_bpb:.3f})" if self._holdout is not None else ""
             speed = f"{format_bytes(metrics.bytes_per_second)}/s"
             wait = f", data wait {_share(metrics.data_wait, metrics.seconds)}" if _waits(metrics) else ""
-            self._bar.advance(metrics.step - before, f"{metrics.bpb:.3f} bits/byte{held_out}, {speed}{wait}")
+            skipped = f", {tell_skipped(metrics.nonfinite_steps)}" if metrics.nonfinite_steps else ""
+            self._bar.advance(metrics.step - before, f"{metrics.bpb:.3f} bits/byte{held_out}, {speed}{wait}{skipped}")
 
     def status(self) -> str:
         """Return the state as one line, with speeds since the line before, and begin the next window."""
@@ -90,6 +91,7 @@ class TrainingDisplay:
             f"loss {last.loss:.4f}",
             f"{last.bpb:.4f} bits/byte",
             f"held out {holdout.holdout_bpb:.4f} at step {holdout.step:,}" if holdout is not None else "",
+            tell_skipped(last.nonfinite_steps),
         ]
         if window.steps:
             left = (self._total - last.step) * elapsed / window.steps
@@ -127,6 +129,11 @@ class _Window:
         self.bytes += metrics.bytes
         self.seconds += metrics.seconds
         self.data_wait += metrics.data_wait
+
+
+def tell_skipped(steps: int) -> str:
+    """Return how many steps were left out, in words; nothing for none."""
+    return f"{steps:,} step{'' if steps == 1 else 's'} skipped as not finite" if steps else ""
 
 
 def _share(part: float, whole: float) -> str:

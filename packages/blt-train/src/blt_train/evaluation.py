@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from blt_train.batches import BatchBuilder
 from blt_train.checkpoint import TRAINER_NAME, Model, checkpoint_directory, read_trainer_state
 from blt_train.config import DEFAULT_SEQUENCE_TOKENS, Precision
 from blt_train.documents import DocumentTable, Int64Array, read_documents
-from blt_train.errors import ConfigError
+from blt_train.errors import CheckpointError, ConfigError
 from blt_train.inputs import open_shards, scoring_fingerprint
 from blt_train.metrics import bits_per_byte
 from blt_train.parallel.compilation import uncompiled
@@ -106,7 +107,7 @@ def evaluate(
         The figures.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or its weights are not finite.
         ConfigError: the data was patched by another rule than the model's training data, or holds no byte.
         InputError: the data is missing, damaged or of the wrong kind.
     """
@@ -114,6 +115,7 @@ def evaluate(
     model = load_model(directory, device=choose_device(device))
     if averaged:
         take_averages(model, directory)
+    _refuse_nonfinite(model, directory)
     shards = open_shards(data, model.config, verify=True)
     if (directory / TRAINER_NAME).exists():
         state = read_trainer_state(directory)
@@ -135,6 +137,20 @@ def evaluate(
         runtime=Runtime(device=choose_device(device)),
         progress=progress,
     )
+
+
+def _refuse_nonfinite(model: Model, directory: Path) -> None:
+    """Refuse weights of which nothing but NaN can come.
+
+    Raises:
+        CheckpointError: some number is not finite; its tensor is named.
+    """
+    for name, weights in model.named_parameters():
+        if not bool(torch.isfinite(weights).all()):
+            raise CheckpointError(
+                f"{directory}: holds weights that are not finite, the first in {name}, so there are no bits per byte; "
+                "name an earlier checkpoint"
+            )
 
 
 def evaluate_holdouts(

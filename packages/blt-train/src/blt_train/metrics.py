@@ -23,8 +23,8 @@ METRICS_NAME = "metrics.jsonl"
 #: Fields that hold a number for each source.
 _BY_SOURCE = frozenset({"sources", "source_epochs", "holdout_bpb_by_source"})
 
-#: Fields of a step that are NaN where the step was not finite, for which JSON has no number: there they are null.
-_MAY_BE_BROKEN = frozenset({"loss", "bpb", "gradient_norm"})
+#: Fields that are NaN where a step or the weights were not finite, for which JSON has no number: there they are null.
+_MAY_BE_BROKEN = frozenset({"loss", "bpb", "gradient_norm", "holdout_bpb", "holdout_loss"})
 
 #: What is told of a line that nothing like metrics is in; it goes on from "line 3 ".
 _NO_LINE = "is no metrics line; delete the line to go on"
@@ -127,10 +127,10 @@ class EvaluationMetrics:
     """Optimizer steps done before it."""
 
     holdout_bpb: float
-    """Bits per byte: summed loss of every byte and EOS / (ln 2 x raw bytes)."""
+    """Bits per byte: summed loss of every byte and EOS / (ln 2 x raw bytes); null where it is not finite."""
 
     holdout_loss: float
-    """Nats per target."""
+    """Nats per target; null where it is not finite."""
 
     holdout_bytes: int
     """Raw bytes evaluated."""
@@ -163,9 +163,15 @@ def to_line(metrics: Metrics) -> str:
     """Return the metrics as one JSON line."""
     record = dataclasses.asdict(metrics)
     for name, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            record[name] = None
+        if isinstance(value, dict):
+            record[name] = {source: _or_null(number) for source, number in value.items()}
+        elif isinstance(value, float):
+            record[name] = _or_null(value)
     return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def from_record(record: dict[str, Any]) -> Metrics:
@@ -189,7 +195,10 @@ def from_record(record: dict[str, Any]) -> Metrics:
         values = value.values() if isinstance(value, dict) and name in _BY_SOURCE else (value,)
         if not all(isinstance(item, (int, float, NoneType)) and not isinstance(item, bool) for item in values):
             raise TypeError(_NO_LINE)
-    broken = {name: math.nan for name in _MAY_BE_BROKEN if name in record and record[name] is None}
+    broken: dict[str, Any] = {name: math.nan for name in _MAY_BE_BROKEN if name in record and record[name] is None}
+    for name in _BY_SOURCE & record.keys():
+        if isinstance(record[name], dict):
+            broken[name] = {key: math.nan if number is None else number for key, number in record[name].items()}
     return kind(**{**record, **broken})
 
 

@@ -22,11 +22,14 @@ from blt_data.console import format_bytes, friendly_errors
 def report_command(runs: tuple[Path, ...], output: Path, title: str | None, opens: bool) -> None:
     """Write one HTML page that compares runs: curves, configs, final figures and samples.
 
-    RUN is a run directory; it may be of a run that is going on, stopped or failed.
+    RUN is a run directory; it may be of a run that is going on, stopped or failed. One that
+    cannot be read is left out with a warning.
     """
     from blt_train.report.comparison import write_comparison
 
-    data = write_comparison(output, runs, title=title)
+    data = write_comparison(
+        output, runs, title=title, warn=lambda sentence: click.echo(f"warning: {sentence}", err=True)
+    )
     for run in data:
         for note in run.notes:
             click.echo(f"{run.path}: {note}", err=True)

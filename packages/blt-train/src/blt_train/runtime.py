@@ -19,8 +19,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from blt_train.config import Precision, TrainConfig
-from blt_train.errors import ConfigError
+from blt_train.errors import ConfigError, TrainingError
 from blt_train.parallel.mesh import make_mesh
+
+#: What the messages of torch's plain errors hold that tell of too little memory on CPU.
+_CPU_MEMORY_WORDS = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +138,25 @@ def open_runtime(config: TrainConfig) -> Iterator[Runtime]:
             dist.destroy_process_group()
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(matmul_before)
+
+
+@contextlib.contextmanager
+def telling_of_memory() -> Iterator[None]:
+    """Tell in one sentence that a device has too little memory for what the block does.
+
+    Raises:
+        TrainingError: in place of torch's errors for GPUs and CPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_gpus = isinstance(error, torch.OutOfMemoryError)
+        if not is_gpus and not any(word in str(error) for word in _CPU_MEMORY_WORDS):
+            raise
+        raise TrainingError(
+            f"the {'GPU' if is_gpus else 'machine'} has too little memory for the run: lower "
+            "batch.sequences_per_micro_batch or data.sequence_tokens, or spread the run over more processes"
+        ) from error
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM ends it for good, SIGUSR1 until the scheduler starts it again.
+"""Signals that ask a run to stop: SIGTERM or a hang-up ends it for good, SIGUSR1 until the scheduler starts it again.
 
 A run that has taken a step finishes the step that it is at, writes a checkpoint and exits with a status that says so.
 Until the end of its first step nothing would be lost: it exits at once, however long compiling the model may take.
@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM
+from blt_train.hangup import STOP_STATUS, discard_dead_terminal, handling
 from blt_train.runtime import Runtime
 
 #: A second SIGTERM within so many seconds may be the same request: a scheduler signals every process of a job, and the
@@ -55,11 +55,11 @@ class StopRequest:
         self.nothing_to_lose = True
         """Whether a signal may end the process at once: no step has been taken since the start or the checkpoint."""
         self._asked = 0
-        self._asked_at = 0.0
+        self._first_sigterm_at: float | None = None
 
     @property
     def votes(self) -> tuple[float, float]:
-        """What this process gives to the sums over all: one for SIGTERM, one for SIGUSR1."""
+        """What this process gives to the sums over all: one for SIGTERM or SIGHUP, one for SIGUSR1."""
         return float(self._asked == EXIT_SIGTERM), float(self._asked == EXIT_REQUEUE)
 
     @property
@@ -82,18 +82,26 @@ class StopRequest:
         """Take a signal in.
 
         Args:
-            number: SIGTERM or SIGUSR1.
+            number: SIGTERM, SIGHUP or SIGUSR1.
         """
-        status = EXIT_REQUEUE if number == signal.SIGUSR1 else EXIT_SIGTERM
-        now = time.monotonic()
-        is_repeated = self._asked == EXIT_SIGTERM and now - self._asked_at > SAME_REQUEST_SECONDS
-        if is_repeated and number == signal.SIGTERM:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+        status = STOP_STATUS[signal.Signals(number)]
+        if number == signal.SIGHUP:
+            discard_dead_terminal()
+        if number == signal.SIGTERM:
+            self._end_if_repeated(time.monotonic())
         if not self._asked:
-            self._asked, self._asked_at = status, now
+            self._asked = status
         if self.nothing_to_lose:
             raise StoppedEarly(status)
+
+    def _end_if_repeated(self, now: float) -> None:
+        """End the process without waiting at a second SIGTERM, unless something else was asked for before."""
+        first = self._first_sigterm_at
+        if first is None:
+            self._first_sigterm_at = now
+        elif self._asked == EXIT_SIGTERM and now - first > SAME_REQUEST_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopPoint:
@@ -125,19 +133,11 @@ class StopPoint:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """While the block runs, let SIGTERM and SIGUSR1 ask for a stop rather than end the process.
+    """While the block runs, let SIGTERM, SIGHUP and SIGUSR1 ask for a stop rather than end the process.
 
     Yields:
         The request. Outside the main thread, where Python allows no handlers, nothing makes one.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    with handling(request.handle):
         yield request
-        return
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, request.handle) for number in numbers}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

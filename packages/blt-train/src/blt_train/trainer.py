@@ -39,7 +39,7 @@ from blt_train.parallel.sharding import free_gathered
 from blt_train.profiling import StepProfiler, check_profiling
 from blt_train.reporting import OnProgress, Reporter, open_reporter, step_metrics
 from blt_train.resume import load_for_resume, prepare_run
-from blt_train.runtime import Runtime, open_runtime
+from blt_train.runtime import Runtime, open_runtime, telling_of_memory
 from blt_train.samples import is_last_sample
 from blt_train.step import StepOutcome, TrainStep
 from blt_train.stopping import StopAgreed, StopPoint, StopRequest, stop_on_signals
@@ -62,7 +62,7 @@ class TrainResult:
     """Optimizer steps done."""
 
     is_finished: bool
-    """Whether all steps are done; False after SIGTERM and SIGUSR1."""
+    """Whether all steps are done; False after SIGTERM, SIGHUP and SIGUSR1."""
 
     exit_status: int
     """What the process should exit with: 0, or what says which signal stopped it (`errors.EXIT_SIGTERM` and so on)."""
@@ -96,11 +96,11 @@ def train(config: TrainConfig, *, resume: bool = True, on_progress: OnProgress |
     Raises:
         ConfigError: the config is at odds with itself, the data, the device or the number of processes.
         CheckpointError: the run's checkpoint is of another model, other data or another config, or is damaged.
-        TrainingError: the loss or gradient is no longer finite.
+        TrainingError: the loss or gradient is no longer finite, or there is too little memory.
         InputError: data is missing or damaged.
-        StoppedEarly: SIGTERM or SIGUSR1 came before the first step; it is a SystemExit.
+        StoppedEarly: SIGTERM, SIGHUP or SIGUSR1 came before the first step; it is a SystemExit.
     """
-    with stop_on_signals() as stop, open_runtime(config) as runtime:
+    with telling_of_memory(), stop_on_signals() as stop, open_runtime(config) as runtime:
         check_launch(config, runtime.world_size)
         check_profiling(config.logging, runtime.device)
         if runtime.is_main:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from blt_data.console import sentence_of
 from blt_data.units import format_bytes, format_duration
 from blt_train.files import replace_text
 from blt_train.report.run_data import AXES, COLUMNS, RunData, names_of, read_run
@@ -38,24 +39,37 @@ class ConfigRow:
     """Whether the runs do not all have the same value."""
 
 
-def write_comparison(path: Path, runs: Sequence[Path], *, title: str | None = None) -> list[RunData]:
+def write_comparison(
+    path: Path, runs: Sequence[Path], *, title: str | None = None, warn: Callable[[str], None] = lambda _: None
+) -> list[RunData]:
     """Read runs and write the page, atomically.
 
     Args:
         path: the HTML file.
         runs: run directories, at least one; one that is named twice is shown once.
         title: of the page; None for one from the runs' names.
+        warn: is told of each run that is left out since it cannot be read, in one sentence.
 
     Returns:
         What was read, in the order shown.
 
     Raises:
-        CheckpointError: a directory is missing or no run directory.
-        OSError: a file cannot be read or written.
+        CheckpointError: no run is left, and the first directory is missing or no run directory.
+        OSError: no run is left, and a file of the first cannot be read; or the page cannot be written.
     """
     distinct = list({run.resolve(): run for run in runs}.values())
-    data = [read_run(run) for run in distinct]
-    page = render_comparison(data, names_of(distinct), title=title)
+    data: list[RunData] = []
+    broken: list[OSError | ValueError] = []
+    for run in distinct:
+        try:
+            data.append(read_run(run))
+        except (OSError, ValueError) as error:
+            broken.append(error)
+    if not data:
+        raise broken[0]
+    for reason in broken:
+        warn(f"{sentence_of(reason)}; the run is left out")
+    page = render_comparison(data, names_of([run.path for run in data]), title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, page)
     return data
@@ -184,11 +198,13 @@ def _figure_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 def _figures(run: RunData) -> dict[str, str]:
     figures: dict[str, str] = {}
     if run.evaluations:
-        best = min(run.evaluations, key=lambda point: point.bpb)
-        figures["held out, bits per byte"] = f"{run.evaluations[-1].bpb:.4f}"
-        figures["best held out"] = f"{best.bpb:.4f} at step {best.positions[0]:,.0f}"
+        figures["held out, bits per byte"] = _finite(run.evaluations[-1].bpb)
+        finite = [point for point in run.evaluations if math.isfinite(point.bpb)]
+        if finite:
+            best = min(finite, key=lambda point: point.bpb)
+            figures["best held out"] = f"{best.bpb:.4f} at step {best.positions[0]:,.0f}"
         for source, bpb in sorted(run.evaluations[-1].by_source.items()):
-            figures[f"held out, {source}"] = f"{bpb:.4f}"
+            figures[f"held out, {source}"] = _finite(bpb)
     if not run.steps:
         return figures
     _, content, flops, seconds = run.series.positions[-1].tolist()
@@ -196,7 +212,7 @@ def _figures(run: RunData) -> dict[str, str]:
     mean = {name: _mean(run.series.means[:, index]) for index, name in enumerate(COLUMNS)}
     high = {name: _largest(run.series.highs[:, index]) for index, name in enumerate(COLUMNS)}
     tail = max(1, len(run.series.means) // 50)
-    figures["training, bits per byte (last 2%)"] = f"{_mean(run.series.means[-tail:, COLUMNS.index('bpb')]):.4f}"
+    figures["training, bits per byte (last 2%)"] = _finite(_mean(run.series.means[-tail:, COLUMNS.index("bpb")]))
     figures["steps"] = f"{run.steps:,}"
     figures["epochs"] = f"{run.series.highs[-1, COLUMNS.index('epoch')]:.2f}"
     figures["bytes read"] = format_bytes(content)
@@ -218,6 +234,10 @@ def _figures(run: RunData) -> dict[str, str]:
     }
     figures |= {name: value for name, value in shown.items() if "nan" not in value}
     return figures
+
+
+def _finite(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:

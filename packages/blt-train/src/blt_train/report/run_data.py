@@ -67,7 +67,7 @@ class EvaluationPoint:
     """Place on each of `AXES`."""
 
     bpb: float
-    """Bits per byte of all held-out documents."""
+    """Bits per byte of all held-out documents; nan where it was not finite."""
 
     by_source: Mapping[str, float]
     """Of each source; empty where there is one."""
@@ -251,7 +251,7 @@ class _MetricsReader:
 
     def _take_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
         by_source = _by_source(record, "holdout_bpb_by_source")
-        bpb = float(record["holdout_bpb"])
+        bpb = _number(record["holdout_bpb"])
         self.evaluations.add(
             EvaluationPoint(positions=(float(step), *self._sums.tolist()), bpb=bpb, by_source=by_source)
         )
