@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from blt_train import evaluation, generate, load_config, read_metrics, train
 from blt_train.checkpoint import read_trainer_state
 from blt_train.errors import CheckpointError, ConfigError
 from blt_train.metrics import EvaluationMetrics, MetricsWriter, to_line
+from blt_train.stopping import stop_on_signals
 
 HELPER = Path(__file__).with_name("killed.py")
 
@@ -376,3 +380,66 @@ def test_checkpoint_without_a_patch_scheme_generates_nothing(workplace: Path, sc
     (checkpoint / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"trainer\.json: names no patch scheme"):
         generate(workplace / "run", b"a")
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_a_hangup_saves_then_stops(is_dead: bool, workplace: Path) -> None:
+    """Also where the terminal is gone, so that nothing can be told any more."""
+    arguments = ["debug-entropy", f"run={workplace / 'run'}", f"data.train={workplace / 'bytes'}"]
+    outside, inside = pty.openpty()
+    lead = "import fcntl, os, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", lead, *command("launch", *arguments, "schedule.total_steps=5000")],
+        stdin=subprocess.DEVNULL,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+    )
+    os.close(inside)
+    reader = threading.Thread(target=_drain, args=(outside,), daemon=True)
+    if not is_dead:
+        reader.start()
+    deadline = time.monotonic() + 120
+    while not (workplace / "run" / "metrics.jsonl").exists() or len(read_metrics(workplace / "run")[0]) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if is_dead:
+        os.close(outside)  # which hangs up
+    else:
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 143
+    step = len(read_metrics(workplace / "run")[0])
+    assert (workplace / "run" / "latest").resolve().name == f"step-{step:08d}"
+
+
+def _drain(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGHUP", 143)])
+def test_a_signal_while_torch_is_loaded_ends_at_once(number: str, status: int) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'torch': os.kill(os.getpid(), signal.{number})\n"
+        "from blt_train.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "main(['launch', 'debug-entropy'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (status, f"stopped by {number}; run the same command again to go on\n")
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.is_asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
