@@ -67,10 +67,18 @@ def expected_attempts(script: str) -> tuple[int, bool]:
     return ATTEMPTS, False
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Return whether it is a worker that lives; what other tests left as a zombie is none."""
+    try:
+        return "worker-" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # of which a zombie is one
+        return False
+
+
 def no_workers_left() -> bool:
     """Return whether this process has no child, after waiting a little for the last ones to end."""
     for _ in range(100):
-        if not [child for child in psutil.Process().children(recursive=True) if "worker-" in " ".join(child.cmdline())]:
+        if not any(is_worker(child) for child in psutil.Process().children(recursive=True)):
             return True
         time.sleep(0.05)
     return False

@@ -72,10 +72,11 @@ def test_a_killed_process_ends_the_job(workplace: Path) -> None:
 
 def test_bad_input_in_a_process_is_told_in_one_sentence(workplace: Path) -> None:
     run = workplace / "run"
-    train(blt_config(workplace, "run", "schedule.total_steps=2"))
+    schedule = ["schedule.total_steps=2", "schedule.warmup_steps=1"]
+    train(blt_config(workplace, "run", *schedule))
     before = (run / "metrics.jsonl").read_bytes()
     arguments = ["launch", "debug-blt", f"run={run}", f"data.train={workplace / 'patched'}", "seed=5"]
-    done = run_command(*arguments, "schedule.total_steps=2", "--nproc-per-node", "2")
+    done = run_command(*arguments, *schedule, "--nproc-per-node", "2")
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("the same by hand")]
     assert len(errors) == 1, done.stderr
