@@ -166,7 +166,7 @@ def test_stored_entropies_give_the_sample_and_threshold_of_the_model(tmp_path: P
     assert known is not None
     for scheme, parameter in CASES:
         found = [
-            calibrate(scheme, parameter, 6.0, sample.content, sample.content_offsets, entropies)
+            calibrate(scheme, parameter, 4.0, sample.content, sample.content_offsets, entropies)
             for entropies in (nats, known)
         ]
         assert found[0] == found[1]
