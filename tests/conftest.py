@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,21 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no real text beside this checkout")
     return path
+
+
+@pytest.fixture(scope="module")
+def slurm(repository: Path) -> Iterator[None]:
+    """A SLURM cluster on this machine: a controller and a node."""
+    if os.geteuid() != 0 or any(shutil.which(name) is None for name in ("sbatch", "slurmctld", "slurmd", "munged")):
+        pytest.skip("needs root and the packages slurm-wlm and munge")
+    script = str(repository / "tools" / "loopback_slurm.sh")
+    # A short path, for sockets.
+    folder = Path("/tmp") / f"slurm-{os.getpid()}"
+    subprocess.run([script, "start", str(folder), "4"], check=True, capture_output=True, text=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            yield
+    finally:
+        subprocess.run([script, "stop", str(folder)], check=True, capture_output=True)
+        shutil.rmtree(folder)

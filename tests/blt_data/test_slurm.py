@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,24 +21,6 @@ from blt_data.executors.slurm_options import SlurmOptions
 from .corpora import files_of, json_lines, write_parquet
 
 PARTITION = SlurmOptions(partition="loopback", time="10", mem_per_cpu_gb=1)
-
-
-@pytest.fixture(scope="module")
-def slurm(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A controller and a node on this machine."""
-    if os.geteuid() != 0 or any(shutil.which(name) is None for name in ("sbatch", "slurmctld", "slurmd", "munged")):
-        pytest.skip("needs root and the packages slurm-wlm and munge")
-    script = str(repository / "tools" / "loopback_slurm.sh")
-    # A short path, for sockets.
-    folder = Path("/tmp") / f"slurm-{os.getpid()}"
-    subprocess.run([script, "start", str(folder), "4"], check=True, capture_output=True, text=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-            yield
-    finally:
-        subprocess.run([script, "stop", str(folder)], check=True, capture_output=True)
-        shutil.rmtree(folder)
 
 
 def keep_most(document: object) -> bool:

@@ -82,6 +82,11 @@ def test_linear(kernels: ModuleType, rows: int, dtype: torch.dtype, seed: int) -
     half = weight[:40].contiguous()
     wanted = x.double() @ half.double().T + 2 * residual
     assert error(kernels.linear(x, half, residual=residual, residual_scale=2.0), wanted) < limit
+    wanted = F.silu(gate) * value + 2 * residual
+    found = kernels.linear(x, weight, norm=scale, eps=1e-5, gated=True, residual=residual, residual_scale=2.0)
+    assert error(found, wanted) < limit
+    wide = kernels.linear(x, half, residual=residual, dtype=torch.float32)
+    assert error(wide, x.double() @ half.double().T + residual) < limit
     wide = kernels.linear(x, half, norm=scale, eps=1e-5, dtype=torch.float32)
     assert wide.dtype == torch.float32
     assert error(wide, normed @ half.double().T) < limit
@@ -162,7 +167,9 @@ def test_entropies_and_choice(kernels: ModuleType, seed: int) -> None:
     torch.manual_seed(seed)
     logits = 3 * random(3, 260)
     out = torch.zeros(4, device=DEVICE)
-    kernels.entropy(logits, out)
+    from blt_model.generation import token_kernels
+
+    token_kernels.entropy(logits, out)
     assert error(out[:3], next_byte_entropy(logits)) < 1e-5
     tokens, log_probabilities = fused.likeliest(logits, 4, 2)
     allowed = torch.log_softmax(logits.double(), dim=-1)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +15,6 @@ from blt_train import read_metrics
 from blt_train.errors import ConfigError, TrainingError
 from blt_train.launch.slurm import SlurmOptions, seconds_of, submit
 from blt_train.launch.slurm_script import batch_script
-
-
-@pytest.fixture(scope="module")
-def slurm(repository: Path) -> Iterator[None]:
-    """A controller and a node on this machine."""
-    if os.geteuid() != 0 or any(shutil.which(name) is None for name in ("sbatch", "slurmctld", "slurmd", "munged")):
-        pytest.skip("needs root and the packages slurm-wlm and munge")
-    script = str(repository / "tools" / "loopback_slurm.sh")
-    # A short path, for sockets.
-    folder = Path("/tmp") / f"slurm-train-{os.getpid()}"
-    subprocess.run([script, "start", str(folder), "4"], check=True, capture_output=True, text=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-            yield
-    finally:
-        subprocess.run([script, "stop", str(folder)], check=True, capture_output=True)
-        shutil.rmtree(folder)
 
 
 def ask(*words: str) -> str:

@@ -109,12 +109,7 @@ def plan_job(
     sources: tuple[PlannedSource, ...] = ()
     limits = Limits(total_bytes=config.limit_bytes, of_source={})
     if reader is None:
-        recipe = recipe_of(config)
-        sources = resolve_sources(recipe, leave_out=output)
-        if config.shuffle_seed == 0 and recipe.seed is not None:
-            config = replace(config, shuffle_seed=recipe.seed)
-        config = replace(config, limit_bytes=recipe.limit_bytes)
-        limits = _limits(recipe, sources)
+        config, sources, limits = _resolve(config, output)
     provenance = _provenance(config, sources, steps, reader)
     policy = ErrorPolicy(config.on_error)
     plan = plan_tasks(sources, shard_bytes=config.shard_bytes, context={}, policy=policy)
@@ -149,6 +144,15 @@ def plan_job(
         files=sum(len(item.source.files) for item in sources),
         memory=memory,
     )
+
+
+def _resolve(config: PrepareConfig, output: Path) -> tuple[PrepareConfig, tuple[PlannedSource, ...], Limits]:
+    """Return the config with what its recipe says, the sources listed, and their limits."""
+    recipe = recipe_of(config)
+    sources = resolve_sources(recipe, leave_out=output)
+    if config.shuffle_seed == 0 and recipe.seed is not None:
+        config = replace(config, shuffle_seed=recipe.seed)
+    return replace(config, limit_bytes=recipe.limit_bytes), sources, _limits(recipe, sources)
 
 
 def _scatter_tasks(tasks: Sequence[Task]) -> list[ScatterTask]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,13 +80,7 @@ def generate_command(
     Characters appear whole. A file of completions is in the order of its prompts; killed at any instant, the same
     command goes on with the prompts that were not done.
     """
-    given = [
-        name
-        for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--prompts", prompts))
-        if value is not None
-    ]
-    if len(given) != 1:
-        fail(f"give one of --prompt, --prompt-file and --prompts, not {' and '.join(given) or 'none'}")
+    _check_one_given({"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts})
     if prompts is not None and output is None:
         fail("--prompts needs --output, the file of completions")
 
@@ -115,6 +110,13 @@ def generate_command(
         _complete_file(opened, prompts, request, output, batch_size)
     else:
         _stream(opened, request, output)
+
+
+def _check_one_given(options: Mapping[str, object]) -> None:
+    """End with a sentence unless just one of the options that name prompts is given."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        fail(f"give one of --prompt, --prompt-file and --prompts, not {' and '.join(given) or 'none'}")
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:

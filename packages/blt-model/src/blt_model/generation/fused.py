@@ -37,6 +37,14 @@ def _kernels() -> ModuleType:
     return kernels
 
 
+@functools.cache
+def _token_kernels() -> ModuleType:
+    """The kernels for embeddings, entropies and choices; loading them loads triton."""
+    from blt_model.generation import token_kernels
+
+    return token_kernels
+
+
 def available(model: BLT | ByteLM) -> bool:
     """Whether the kernels can run the steps of a model on its device, in its dtype."""
     weights = list(model.parameters())
@@ -97,7 +105,7 @@ def normed_linear(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype | No
 def put_entropies(x: Tensor, model: ByteLM, out: Tensor) -> None:
     """Write the entropies of an entropy model's trunk outputs [n, dim] to float32 [at least n], in nats."""
     logits = normed_linear(x, Norm.of(model.norm), model.head.weight, torch.float32)
-    _kernels().entropy(logits, out)
+    _token_kernels().entropy(logits, out)
 
 
 def read_patches(cross: CrossStep, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -110,7 +118,7 @@ def read_patches(cross: CrossStep, x: Tensor, keys: Tensor, values: Tensor) -> T
 
 def embed(tokens: Tensor, positions: Tensor, hashes: HashHistory, byte_table: Tensor, *, average: bool) -> Tensor:
     """Byte and n-gram embeddings [n, dim] of a new token of each row, int64 [n], which the history takes."""
-    result: Tensor = _kernels().embed(
+    result: Tensor = _token_kernels().embed(
         tokens,
         positions,
         hashes.symbols,
@@ -151,8 +159,8 @@ class PatchKeys:
 
 
 def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each row and its log-probability; see `kernels.likeliest`."""
-    result: tuple[Tensor, Tensor] = _kernels().likeliest(logits, first, end)
+    """The likeliest token of each row and its log-probability; see `token_kernels.likeliest`."""
+    result: tuple[Tensor, Tensor] = _token_kernels().likeliest(logits, first, end)
     return result
 
 

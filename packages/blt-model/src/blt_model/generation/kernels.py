@@ -33,7 +33,7 @@ DEPENDENT = True
 """Whether kernels start before those that they follow have ended, and wait for them within (compute capability 9)."""
 
 
-def _dependence() -> dict[str, Any]:
+def dependence() -> dict[str, Any]:
     """What a launch needs to start early."""
     early = DEPENDENT and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return {"DEPENDENT": True, "launch_pdl": True} if early else {"DEPENDENT": False}
@@ -134,6 +134,16 @@ def inner_block(inputs: int) -> int:
     return min(1024, inputs & -inputs)
 
 
+def _linear_rows(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, residual_scale: float) -> Tensor:
+    """What `linear` does after the normalisation, by torch's matrix products."""
+    if residual is not None and not gated:
+        return torch.addmm(residual.to(x.dtype), x, weight.T, beta=residual_scale)
+    result = F.linear(x, weight)
+    if gated:
+        result = swiglu(result)
+    return result if residual is None else torch.add(result, residual, alpha=residual_scale)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -167,12 +177,8 @@ def linear(
             x = join(x, stats, weight.dtype)
         if norm is not None:
             x = F.rms_norm(x, norm.shape, norm, eps)
-        if dtype is not None:
-            return F.linear(x.to(dtype), weight.to(dtype))
-        if residual is not None:
-            return torch.addmm(residual, x, weight.T, beta=residual_scale)
-        result = F.linear(x, weight)
-        return swiglu(result) if gated else result
+        kind = dtype or weight.dtype
+        return _linear_rows(x.to(kind), weight.to(kind), gated, residual, residual_scale)
     outputs, inputs = weight.shape[0] // (2 if gated else 1), weight.shape[1]
     out = x.new_empty((1, outputs), dtype=dtype or weight.dtype)
     splits, heads, width = (0, 1, 1) if stats is None else (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
@@ -197,7 +203,7 @@ def linear(
         WIDTH=width,
         BLOCK_N=block,
         BLOCK_K=inner_block(inputs),
-        **_dependence(),
+        **dependence(),
         num_warps=4,
     )
     return out
@@ -222,7 +228,7 @@ def swiglu(gate_value: Tensor) -> Tensor:
     rows, hidden = len(gate_value), gate_value.shape[1] // 2
     out = gate_value.new_empty((rows, hidden))
     grid = (rows, triton.cdiv(hidden, 1024))
-    _swiglu[grid](gate_value, out, hidden, BLOCK=1024, **_dependence(), num_warps=4)
+    _swiglu[grid](gate_value, out, hidden, BLOCK=1024, **dependence(), num_warps=4)
     return out
 
 
@@ -253,7 +259,7 @@ def join(partial: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
     out = partial.new_empty((rows, heads * width), dtype=dtype)
     block = inner_block(heads * width)
     _join[(rows, heads * width // block)](
-        partial, stats, out, SPLITS=splits, HEADS=heads, WIDTH=width, BLOCK=block, **_dependence(), num_warps=4
+        partial, stats, out, SPLITS=splits, HEADS=heads, WIDTH=width, BLOCK=block, **dependence(), num_warps=4
     )
     return out
 
@@ -378,7 +384,7 @@ def attend(
         SPLITS=splits,
         BLOCK=BLOCK,
         HAS_ROWS=rows is not None,
-        **_dependence(),
+        **dependence(),
         num_warps=8,
     )
     return partial, stats
@@ -432,180 +438,6 @@ def read_patches(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     _, heads, vectors, width = keys.shape
     out = torch.empty_like(query)
     _read_patches[(len(query), heads)](
-        query, keys, values, out, width**-0.5, HEADS=heads, WIDTH=width, VECTORS=vectors, **_dependence(), num_warps=1
+        query, keys, values, out, width**-0.5, HEADS=heads, WIDTH=width, VECTORS=vectors, **dependence(), num_warps=1
     )
     return out
-
-
-@triton.jit
-def _embed(
-    tokens,
-    positions,
-    symbols,
-    powers,
-    sizes,
-    table,
-    bytes_table,
-    out,
-    table_size,
-    offset,
-    dim,
-    TABLES: tl.constexpr,
-    LONGEST: tl.constexpr,
-    HISTORY: tl.constexpr,
-    OMIT: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """All of one row: its history moves on by the new token, and the rows of the tables are summed."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0)
-    token = tl.load(tokens + n)
-    back = tl.arange(0, HISTORY)
-    inside = back < LONGEST
-    older = tl.load(symbols + n * LONGEST + back - 1, mask=inside & (back > 0), other=0)
-    newest = tl.where(back == 0, token - offset, older)
-    columns = tl.arange(0, BLOCK)
-    kept = columns < dim
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for index in tl.static_range(TABLES):
-        factors = tl.load(powers + back * TABLES + index, mask=inside, other=0)
-        hashed = tl.sum(newest * factors, 0) % table_size
-        hashed = tl.where(hashed < 0, hashed + table_size, hashed)
-        row = tl.load(table + (hashed + index * table_size) * dim + columns, mask=kept, other=0.0).to(tl.float32)
-        if OMIT:
-            whole = tl.load(positions + n) + 1 >= tl.load(sizes + index)
-            row = tl.where(whole, row, 0.0)
-        total += row
-    total += tl.load(bytes_table + token * dim + columns, mask=kept, other=0.0).to(tl.float32)
-    if AVERAGE:
-        total /= 1 + TABLES
-    tl.store(out + n * dim + columns, total.to(out.dtype.element_ty), mask=kept)
-    # Everything was read before anything is overwritten.
-    tl.debug_barrier()
-    tl.store(symbols + n * LONGEST + back, newest, mask=inside)
-
-
-def embed(
-    tokens: Tensor,
-    positions: Tensor,
-    symbols: Tensor,
-    powers: Tensor,
-    sizes: Tensor,
-    table: Tensor,
-    byte_table: Tensor,
-    *,
-    table_size: int,
-    offset: int,
-    omit_partial: bool,
-    average: bool,
-) -> Tensor:
-    """Byte and n-gram embeddings of a new token of each row, which enters the row's history.
-
-    Args:
-        tokens: int64 [n].
-        positions: int64 [n] in their documents.
-        symbols: int64 [B, longest], newest first; moved on in place.
-        powers: int64 [longest, M] what a symbol counts in the hash of every table.
-        sizes: int64 [M] of the n-grams.
-        table: [M * table_size, dim].
-        byte_table: [V, dim].
-        table_size: rows of a table.
-        offset: taken from a token to give its symbol.
-        omit_partial: leave out n-grams that begin before the document.
-        average: divide by 1 + M.
-
-    Returns:
-        [n, dim].
-    """
-    longest, tables = powers.shape
-    out = torch.empty((len(tokens), table.shape[1]), dtype=table.dtype, device=table.device)
-    _embed[(len(tokens),)](
-        tokens,
-        positions,
-        symbols,
-        powers,
-        sizes,
-        table,
-        byte_table,
-        out,
-        table_size,
-        offset,
-        table.shape[1],
-        TABLES=tables,
-        LONGEST=longest,
-        HISTORY=triton.next_power_of_2(longest),
-        OMIT=omit_partial,
-        AVERAGE=average,
-        BLOCK=triton.next_power_of_2(table.shape[1]),
-        **_dependence(),
-        num_warps=4,
-    )
-    return out
-
-
-@triton.jit
-def _entropy(logits, out, vocabulary, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """Of one row."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0)
-    v = tl.arange(0, BLOCK)
-    inside = v < vocabulary
-    x = tl.load(logits + n * vocabulary + v, mask=inside, other=-float("inf")).to(tl.float32)
-    x -= tl.max(x, 0)
-    x -= tl.log(tl.sum(tl.exp(x), 0))
-    tl.store(out + n, -tl.sum(tl.where(inside, tl.exp(x) * x, 0.0), 0))
-
-
-def entropy(logits: Tensor, out: Tensor) -> None:
-    """Entropy of the next-token distribution.
-
-    Args:
-        logits: float32 [n, V], contiguous.
-        out: float32, at least [n], to write to; nats.
-    """
-    _entropy[(len(logits),)](
-        logits, out, logits.shape[1], BLOCK=triton.next_power_of_2(logits.shape[1]), **_dependence(), num_warps=1
-    )
-
-
-@triton.jit
-def _likeliest(logits, token, log_probability, vocabulary, first, end, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """One row."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0)
-    v = tl.arange(0, BLOCK)
-    x = tl.load(logits + n * vocabulary + v, mask=v < vocabulary, other=-float("inf")).to(tl.float32)
-    largest = tl.max(x, 0)
-    normaliser = largest + tl.log(tl.sum(tl.exp(x - largest), 0))
-    allowed = tl.where((v >= first) | (v == end), x, -float("inf"))
-    best = tl.max(allowed, 0)
-    tl.store(token + n, tl.argmax(allowed, 0).to(tl.int64))
-    tl.store(log_probability + n, (best - normaliser).to(tl.float64))
-
-
-def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """The likeliest token of every row among those that may be chosen.
-
-    Args:
-        logits: [n, V], contiguous.
-        first: tokens from here on may be chosen,
-        end: and this one.
-
-    Returns:
-        int64 [n] and their log-probabilities among all tokens, float64 [n].
-    """
-    token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    log_probability = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-    block = triton.next_power_of_2(logits.shape[1])
-    _likeliest[(len(logits),)](
-        logits, token, log_probability, logits.shape[1], first, end, BLOCK=block, **_dependence(), num_warps=1
-    )
-    return token, log_probability

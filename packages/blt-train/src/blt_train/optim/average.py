@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from blt_train.optim.sharding import local_part
+from blt_train.parallel.rows import local_rows
 
 
 class WeightAverage:
@@ -41,8 +41,8 @@ class WeightAverage:
             step: number of the step that made them, from 1.
         """
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
-        averages = [local_part(average) for average in self._averages.values()]
-        weights = [local_part(parameter.detach()) for parameter in self._parameters.values()]
+        averages = [local_rows(average) for average in self._averages.values()]
+        weights = [local_rows(parameter.detach()) for parameter in self._parameters.values()]
         torch._foreach_lerp_(averages, weights, weight)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -58,4 +58,4 @@ class WeightAverage:
         if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise ValueError("the averages are of another model's parameters")
         for name, average in self._averages.items():
-            local_part(average).copy_(local_part(tensors[name]))
+            local_rows(average).copy_(local_rows(tensors[name]))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blt_train.optim.groups import Role
-from blt_train.optim.sharding import Rows, local_part, rows_of
+from blt_train.parallel.rows import ShardGroup, local_rows, shard_group
 
 #: Coefficients of the iteration x <- a x + (b g + c g^2) x, g = x x^T, by K. Jordan: the steepest rise from 0 whose
 #: values stay near 1 (between 0.7 and 1.2).
@@ -90,7 +90,7 @@ class _Matrix:
     """Of the momentum."""
     columns: int
     sections: tuple[int, ...]
-    rows: Rows | None
+    rows: ShardGroup | None
     """Which rank has which rows; None for a whole matrix."""
 
     def ahead(self) -> Tensor:
@@ -168,16 +168,16 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         if parameter.grad is None:
             raise RuntimeError("a matrix without gradient has no update")
-        gradient, momentum = local_part(parameter.grad), local_part(state["momentum_buffer"])
+        gradient, momentum = local_rows(parameter.grad), local_rows(state["momentum_buffer"])
         momentum.lerp_(gradient, 1 - decay)
         return _Matrix(
-            parameter=local_part(parameter),
+            parameter=local_rows(parameter),
             gradient=gradient,
             momentum=momentum,
             decay=decay,
             columns=parameter.shape[1],
             sections=sections,
-            rows=rows_of(parameter),
+            rows=shard_group(parameter),
         )
 
 
@@ -218,7 +218,7 @@ def _round(matrices: Sequence[_Matrix], iterations: int) -> Iterator[tuple[_Matr
         yield matrix, part.view(-1, matrix.columns)
 
 
-def _exchange(sent: Tensor, sizes: Sequence[int], expected: Sequence[int], layout: Rows) -> Tensor:
+def _exchange(sent: Tensor, sizes: Sequence[int], expected: Sequence[int], layout: ShardGroup) -> Tensor:
     """Send bfloat16 numbers to the ranks of a shard group, and receive theirs.
 
     Args:

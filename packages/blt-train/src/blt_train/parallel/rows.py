@@ -30,6 +30,20 @@ class Rows:
     """Whether this rank holds the first of several copies of these rows: the one that is written or counted."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardGroup:
+    """Ranks that share one copy of a tensor; its rows lie in the order of the ranks."""
+
+    counts: tuple[int, ...]
+    """Rows of each rank, some perhaps 0."""
+
+    rank: int
+    """This process's place in the group."""
+
+    group: dist.ProcessGroup
+    """The ranks."""
+
+
 def chunk(first: int, end: int, parts: int, index: int) -> tuple[int, int]:
     """Return part `index` of rows [first, end) cut into `parts`, as `torch.chunk` cuts them; late parts may be empty.
 
@@ -68,6 +82,28 @@ def rows_of(tensor: Tensor) -> Rows:
         else:
             raise ValueError(f"a tensor is placed as {placement}; only Replicate and Shard(0) are known here")
     return Rows(first=first, end=end, is_first_copy=is_first_copy)
+
+
+def shard_group(tensor: Tensor) -> ShardGroup | None:
+    """Return the ranks that share one copy of a tensor; None where every rank has all of it.
+
+    Args:
+        tensor: plain, or a DTensor sharded by rows over one mesh axis and replicated over the others.
+
+    Raises:
+        ValueError: it is sharded otherwise.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    axes = [axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if not axes:
+        return None
+    if len(axes) > 1 or not tensor.placements[axes[0]].is_shard(0):
+        raise ValueError(f"a parameter is sharded as {tensor.placements}; it must be by rows over one mesh axis")
+    mesh = tensor.device_mesh
+    offsets = row_offsets(tensor.shape[0], [mesh.size(axes[0])])
+    counts = tuple(end - first for first, end in itertools.pairwise(offsets))
+    return ShardGroup(counts=counts, rank=mesh.get_local_rank(axes[0]), group=mesh.get_group(axes[0]))
 
 
 def local_rows(tensor: Tensor) -> Tensor:
