@@ -173,5 +173,5 @@ def test_backend_is_picked_by_device_and_dtype() -> None:
     assert resolve_backend("sdpa", cuda, torch.bfloat16) is SDPA
     with pytest.raises(ModelError, match="varlen needs float16 or bfloat16 on CUDA"):
         resolve_backend("varlen", cpu, torch.bfloat16)
-    with pytest.raises(ModelError, match="choose one of auto, varlen, flex, sdpa"):
+    with pytest.raises(ModelError, match="choose one of auto, varlen, triton, flex, sdpa"):
         resolve_backend("flash", cpu, torch.bfloat16)

@@ -1,6 +1,7 @@
-"""Causal self-attention over packed documents: one function, three backends, memory linear in tokens.
+"""Causal self-attention over packed documents: one function, four backends, memory linear in tokens.
 
 - ``varlen``: torch's variable-length flash attention (CUDA, float16 or bfloat16). Offsets and window go to the kernel.
+- ``triton``: our own Triton kernels (CUDA, not float64); see `tile_attention`.
 - ``flex``: torch's FlexAttention (CUDA, not float64), compiled or not at all; see `flex_backend`.
 - ``sdpa``: torch's scaled dot product (any device and dtype, with backward). On the CPU every document is attended
   where it lies, see `span_attention`. On CUDA, or with keys carried over, a window cuts the tokens into blocks, and
@@ -31,6 +32,7 @@ from blt_model.errors import ModelError
 from blt_model.flex_backend import attend_flex, block_mask, check_flex, first_keys
 from blt_model.packed import segment_of
 from blt_model.span_attention import Spans, attend_spans, plan_spans
+from blt_model.tile_attention import Bounds, attend_tiles, check_triton
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -56,6 +58,7 @@ class AttentionBackend(StrEnum):
 
     AUTO = "auto"
     VARLEN = "varlen"
+    TRITON = "triton"
     FLEX = "flex"
     SDPA = "sdpa"
 
@@ -98,6 +101,8 @@ class AttentionPlan:
     """sdpa on the CPU with nothing carried: the documents, each attended where it lies."""
     block_mask: BlockMask | None = None
     """flex."""
+    bounds: Bounds | None = None
+    """triton."""
 
 
 def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
@@ -112,7 +117,7 @@ def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype
         Any but AUTO.
 
     Raises:
-        ModelError: unknown name, or varlen or flex where it cannot run.
+        ModelError: unknown name, or varlen, triton or flex where it cannot run.
     """
     names = [str(member) for member in AttentionBackend]
     if backend not in names:
@@ -127,6 +132,9 @@ def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype
         if "window_size" not in _VARLEN_OPTIONS:
             raise ModelError("this torch has no varlen_attn with window_size; update torch, or use backend sdpa.")
         return AttentionBackend.VARLEN
+    if backend == AttentionBackend.TRITON:
+        check_triton(device, dtype)
+        return AttentionBackend.TRITON
     if backend == AttentionBackend.FLEX:
         check_flex(device, dtype)
         return AttentionBackend.FLEX
@@ -170,8 +178,10 @@ def plan_attention(
     plan = AttentionPlan(backend, window, offsets, key_offsets, max_length, carried)
     if backend == AttentionBackend.VARLEN:
         return plan
-    if backend == AttentionBackend.FLEX:
+    if backend in (AttentionBackend.TRITON, AttentionBackend.FLEX):
         first = first_keys(offsets, key_offsets, num_tokens, carried, window)
+        if backend == AttentionBackend.TRITON:
+            return dataclasses.replace(plan, bounds=Bounds.of(first, carried))
         return dataclasses.replace(plan, block_mask=block_mask(first, carried))
     if offsets.device.type == "cpu" and not carried:
         host = offsets.tolist()
@@ -245,9 +255,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
 
     Returns:
         [T, H, E] of the query's dtype.
+
+    Raises:
+        ModelError: a head width that the backend does not take.
     """
     if plan.backend == AttentionBackend.VARLEN:
         return _attend_varlen(query, key, value, plan)
+    if plan.bounds is not None:
+        return attend_tiles(query, key, value, plan.bounds)
     if plan.block_mask is not None:
         return attend_flex(query, key, value, plan.block_mask)
     if plan.spans is not None:

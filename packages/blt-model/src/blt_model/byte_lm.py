@@ -55,7 +55,7 @@ class ByteLM(nn.Module):
 
         Args:
             config: its architecture.
-            attention_backend: "auto", "varlen", "flex" or "sdpa"; a plain attribute, free to change later.
+            attention_backend: "auto", "varlen", "triton", "flex" or "sdpa"; a plain attribute, free to change later.
         """
         super().__init__()
         trunk = config.transformer

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
 
 from blt_model.config import HashEmbeddingConfig
+from blt_model.row_gradients import sum_rows
 from blt_model.vocabulary import BYTE_OFFSET
 
 # Arithmetic constants of the released models: hash function f uses prime f.
@@ -70,6 +71,10 @@ def hash_rows(tokens: Tensor, positions: Tensor, config: HashEmbeddingConfig) ->
 class HashEmbedding(nn.Module):
     """The tables of all n-gram sizes and hash functions, end to end in one parameter."""
 
+    #: Whether backward passes add the table's gradient straight into its `.grad`, see `row_gradients`. The weights and
+    #: sums are the same, but autograd sees no gradient: `torch.autograd.grad` cannot give it, hooks do not get it.
+    accumulates_in_place = False
+
     def __init__(self, config: HashEmbeddingConfig, dim: int) -> None:
         super().__init__()
         self.config = config
@@ -85,8 +90,15 @@ class HashEmbedding(nn.Module):
         Returns:
             [T, dim] of the table's dtype.
         """
-        rows = hash_rows(tokens, positions, self.config)
-        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=self.sample_weights(positions))
+        rows, weights = hash_rows(tokens, positions, self.config), self.sample_weights(positions)
+        if not self.accumulates_in_place:
+            return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=weights)
+        if torch.compiler.is_compiling():
+            from blt_model.untraced import sum_rows_untraced
+
+            untraced: Tensor = sum_rows_untraced(self.weight, rows, weights)
+            return untraced
+        return sum_rows(self.weight, rows, weights)
 
     def sample_weights(self, positions: Tensor) -> Tensor | None:
         """What each n-gram's embedding counts.

@@ -1,7 +1,8 @@
-"""Attention document by document where torch.compile traces: compiled code leaves it alone and calls it as it is.
+"""What compiled code leaves alone and calls as it is where torch.compile traces.
 
-Its calls follow the documents of each batch, for which compiled code would be made anew. This module is imported by
-code that is being traced only: the decorator loads torch's compiler, which takes seconds.
+Attention document by document: its calls follow the documents of each batch, for which compiled code would be made anew.
+And sums of rows whose backward pass writes to a parameter's `.grad`, of which a compiler must know nothing. This module
+is imported by code that is being traced only: the decorator loads torch's compiler, which takes seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blt_model.attention import AttentionPlan, attend_rectangles
+from blt_model.row_gradients import sum_rows
 from blt_model.span_attention import Spans, attend_spans, turn_and_attend
 
 
@@ -29,3 +31,9 @@ def attend_rectangles_untraced(query: Tensor, key: Tensor, value: Tensor, plan: 
 def turn_and_attend_untraced(flat: Tensor, phases: Tensor, kv_heads: int, spans: Spans) -> tuple[Tensor, Tensor]:
     """As `turn_and_attend`."""
     return turn_and_attend(flat, phases, kv_heads, spans)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sum_rows_untraced(table: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """As `sum_rows`."""
+    return sum_rows(table, rows, weights)

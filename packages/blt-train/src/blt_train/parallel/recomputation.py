@@ -29,6 +29,7 @@ _ATTENTIONS = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
+    "blt_model::attend_tiles",
     "flex_attention",
 )
 #: Order of the matrix products in a block's forward pass.
