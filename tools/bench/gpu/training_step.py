@@ -40,6 +40,7 @@ from blt_train.config import ActivationCheckpointing, OptimizerConfig
 from blt_train.errors import ConfigError
 from blt_train.model_flops import training_flops
 from blt_train.optim import make_optimizer
+from blt_train.parallel.accumulation import accumulate_in_place
 from blt_train.parallel.compilation import compile_blocks
 from blt_train.parallel.float8 import use_float8
 from blt_train.parallel.recomputation import recompute_blocks
@@ -144,6 +145,7 @@ def make_model(case: Case, device: torch.device) -> tuple[BLT, BLTConfig]:
         compile_blocks(model)
     elif case.compiled == "model":
         model.compile(dynamic=False)
+    accumulate_in_place(model)
     return model, config
 
 

@@ -1,8 +1,8 @@
 """What compiled code leaves alone and calls as it is where torch.compile traces.
 
-Attention document by document: its calls follow the documents of each batch, for which compiled code would be made anew.
-And sums of rows whose backward pass writes to a parameter's `.grad`, of which a compiler must know nothing. This module
-is imported by code that is being traced only: the decorator loads torch's compiler, which takes seconds.
+Attention document by document: its calls follow the documents of each batch, for which compiled code would be made
+anew. Sums of rows whose backward pass writes to a parameter's `.grad`: no compiler may reorder or repeat that. This
+module is imported by code that is being traced only: the decorator loads torch's compiler, which takes seconds.
 """
 
 from __future__ import annotations

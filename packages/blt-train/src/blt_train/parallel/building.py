@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from blt_model import BLT, ByteLM
 from blt_model import ModelConfig as ArchitectureConfig
 from blt_train.config import Precision, TrainConfig
+from blt_train.parallel.accumulation import accumulate_in_place
 from blt_train.parallel.compilation import check_cpp_compiler, compile_blocks
 from blt_train.parallel.float8 import use_float8
 from blt_train.parallel.recomputation import recompute_blocks
@@ -47,6 +48,7 @@ def empty_model(
     if mesh is not None:
         is_half = config.precision is Precision.BFLOAT16 and device.type == "cuda"
         shard_model(model, mesh, config.parallel, compute_dtype=torch.bfloat16 if is_half else None)
+    accumulate_in_place(model)
     model.to_empty(device=device)
     return model, deviations
 

@@ -23,11 +23,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from blt_model.hash_embedding import HashEmbedding, hash_rows
-from blt_train.parallel.rows import row_offsets
+from blt_model.row_gradients import add_rows, dense_gradient
+from blt_train.parallel.rows import local_rows, row_offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +50,23 @@ class _Fetch(torch.autograd.Function):
     """The rows that this rank needs, from all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, ctx.shape = exchange, table.shape
-        given = table.index_select(0, exchange.asked).to(exchange.dtype)
+    def forward(ctx: Any, table: Tensor, exchange: Exchange, accumulates_in_place: bool) -> Tensor:
+        ctx.table, ctx.exchange, ctx.accumulates_in_place = table, exchange, accumulates_in_place
+        given = local_rows(table).index_select(0, exchange.asked).to(exchange.dtype)
         fetched = given.new_empty(sum(exchange.needed), table.shape[1])
         dist.all_to_all_single(fetched, given, exchange.needed, exchange.given)
         return fetched.to(table.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         exchange: Exchange = ctx.exchange
         (gradient,) = gradients
         returned = gradient.new_empty(len(exchange.asked), gradient.shape[1])
         dist.all_to_all_single(returned, gradient.contiguous(), exchange.given, exchange.needed)
-        return gradient.new_zeros(ctx.shape).index_add_(0, exchange.asked, returned), None
+        total = dense_gradient(ctx.table) if ctx.accumulates_in_place else torch.zeros_like(ctx.table)
+        add_rows(local_rows(total), exchange.asked[:, None], returned)
+        return None if ctx.accumulates_in_place else total, None, None
 
 
 class ShardedHashEmbedding(HashEmbedding):
@@ -102,9 +107,7 @@ class ShardedHashEmbedding(HashEmbedding):
             [T, dim] of the table's dtype.
         """
         rows, places = torch.unique(hash_rows(tokens, positions, self.config), return_inverse=True)
-        table = self.weight
-        local = table.to_local() if isinstance(table, DTensor) else table
-        fetched = _Fetch.apply(local, self._exchange(rows))
+        fetched = _Fetch.apply(self.weight, self._exchange(rows), self.accumulates_in_place)
         return F.embedding_bag(places, fetched, mode="sum", per_sample_weights=self.sample_weights(positions))
 
     def _exchange(self, rows: Tensor) -> Exchange:
