@@ -48,10 +48,10 @@ def kernels() -> ModuleType:
     return tile_kernels
 
 
-@pytest.fixture(params=[0, 1], ids=["three loops", "one loop"])
+@pytest.fixture(params=[(False, False), (True, True)], ids=["three loops", "one loop, bulk copies"])
 def small_tiles(kernels: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of few tokens, so that short packs have masked and unmasked ones."""
-    options = {"warps": 4, "stages": 2, "loops": request.param}
+    options = dict(zip(("one_loop", "bulk"), request.param, strict=True)) | {"warps": 4, "stages": 2}
     wide, tall = (kernels.Tiles(queries=q, keys=k, **options) for q, k in ((16, 32), (32, 16)))
     plan = kernels.Plan(forward=tall, query_gradient=wide, key_gradient=tall)
     monkeypatch.setattr(kernels, "tiles_for", lambda width, dtype: plan)

@@ -42,6 +42,14 @@ def test_numerics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["ok"] for row in rows)
 
 
+def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = recorded("attention", [], tmp_path, monkeypatch)
+    assert [row["shape"] for row in rows] == ["local", "latent", "entropy"]
+    assert all(row["ok"] for row in rows)
+    with pytest.raises(SystemExit):
+        recorded("attention", ["--tune"], tmp_path, monkeypatch)
+
+
 def test_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLT_SAMPLE", str(tmp_path))  # holds no Parquet file: made up text
     rows = {str(row["stage"]): row for row in recorded("real_run", [], tmp_path, monkeypatch)}

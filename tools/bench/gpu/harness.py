@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +32,8 @@ class Settings:
     """Seconds; a script begins nothing new after them."""
     cases: tuple[str, ...]
     """Only cases whose name contains one of these; empty for all."""
+    switches: frozenset[str] = frozenset()
+    """Options of the script's own that were given."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -43,25 +46,35 @@ class Settings:
         return self.left > 0 and (not self.cases or any(part in case for part in self.cases))
 
 
-def settings(description: str | None, arguments: Sequence[str] | None, *, budget: float) -> Settings:
+def settings(
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    budget: float,
+    switches: Mapping[str, str] = MappingProxyType({}),
+) -> Settings:
     """Read the command line.
 
     Args:
         description: the script's docstring.
         arguments: None for the process's own.
         budget: default of --budget.
+        switches: options of the script's own without a value, and what they do.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="Smallest sizes, on the CPU.")
     parser.add_argument("--device", help="[cuda; with --tiny cpu]")
     parser.add_argument("--budget", type=float, default=budget, help="Seconds; nothing begins after. [%(default)s]")
     parser.add_argument("--cases", default="", help="Only cases whose name contains one of these, comma-separated.")
+    for name, help_ in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_)
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cpu" if options.tiny else "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; give --tiny to try the script on the CPU")
     cases = tuple(part for part in options.cases.split(",") if part)
-    return Settings(tiny=options.tiny, device=device, budget=options.budget, cases=cases)
+    given = frozenset(name for name in switches if getattr(options, name))
+    return Settings(tiny=options.tiny, device=device, budget=options.budget, cases=cases, switches=given)
 
 
 def wait(device: torch.device) -> None:

@@ -99,7 +99,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Sequence
 def attention_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
     """Every backend that runs here, with and without window, with shared key heads."""
     total, width = (75, 16) if run.tiny else (1500, 64)
-    for backend in (AttentionBackend.SDPA, AttentionBackend.VARLEN, AttentionBackend.FLEX):
+    for backend in (AttentionBackend.SDPA, AttentionBackend.VARLEN, AttentionBackend.TRITON, AttentionBackend.FLEX):
         for dtype in (torch.bfloat16, torch.float32):
             for window, kv_heads in ((None, 4), (33 if run.tiny else 256, 4), (33 if run.tiny else 256, 2)):
                 offsets = random_offsets(rng, total)
