@@ -56,20 +56,24 @@ def _power(number: int) -> int:
 
 @triton.jit
 def _columns(block, HEADS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    """Places of some heads in a row of all, [1, 1, HEADS, WIDE], and which of them there are."""
-    heads = block * HEADS + tl.arange(0, HEADS)[None, None, :, None]
-    places = tl.arange(0, WIDE)[None, None, None, :]
+    """Places of some heads in a row of all, [1, 1, HEADS * WIDE], and which of them there are."""
+    columns = tl.arange(0, HEADS * WIDE)[None, None, :]
+    if WIDTH == WIDE:
+        return block * (HEADS * WIDE) + columns, block * (HEADS * WIDE) + columns < COUNT * WIDTH
+    heads, places = block * HEADS + columns // WIDE, columns % WIDE
     return heads * WIDTH + places, (heads < COUNT) & (places < WIDTH)
 
 
 @triton.jit
-def _load(base, at, inside):
-    return tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+def _load(base, at, inside, HEADS: tl.constexpr, WIDE: tl.constexpr):
+    """[bytes, vectors, heads, width] of places [bytes, vectors, heads * width]."""
+    loaded = tl.load(base + at, mask=inside, other=0.0)
+    return tl.reshape(loaded, [at.shape[0], at.shape[1], HEADS, WIDE]).to(tl.float32)
 
 
 @triton.jit
 def _store(base, at, inside, value):
-    tl.store(base + at, value.to(base.dtype.element_ty), mask=inside)
+    tl.store(base + at, tl.reshape(value.to(base.dtype.element_ty), at.shape), mask=inside)
 
 
 @triton.jit
@@ -91,15 +95,15 @@ def _bytes_read(
     patch, start, end, _, _, _ = chunk_of(tl.program_id(0) // blocks, ids, offsets, num_windows, CHUNK)
     if start < end:
         columns, inside = _columns(tl.program_id(0) % blocks, HEADS, COUNT, WIDTH, WIDE)
-        vectors = tl.arange(0, MANY)[None, :, None, None]
+        vectors = tl.arange(0, MANY)[None, :, None]
         at = (patch * VECTORS + vectors) * (2 * COUNT * WIDTH) + columns
-        k = _load(key_value, at, inside & (vectors < VECTORS))
-        v = _load(key_value + COUNT * WIDTH, at, inside & (vectors < VECTORS))
+        k = _load(key_value, at, inside & (vectors < VECTORS), HEADS, WIDE)
+        v = _load(key_value + COUNT * WIDTH, at, inside & (vectors < VECTORS), HEADS, WIDE)
         for first in range(start, end, BYTES):
-            rows = first + tl.arange(0, BYTES)[:, None, None, None]
+            rows = first + tl.arange(0, BYTES)[:, None, None]
             at_rows = rows.to(tl.int64) * (COUNT * WIDTH) + columns
             real = inside & (rows < end)
-            weights = _weights(_load(query, at_rows, real), k, scale, vectors < VECTORS)
+            weights = _weights(_load(query, at_rows, real, HEADS, WIDE), k, scale, (vectors < VECTORS)[:, :, :, None])
             _store(output, at_rows, real, tl.sum(weights * v, 1, keep_dims=True))
 
 
@@ -115,21 +119,21 @@ def _bytes_read_gradient(
     patch, start, end, begin, last, row = chunk_of(program, ids, offsets, num_windows, CHUNK)
     if (program >= num_windows) | (start < end):
         columns, inside = _columns(tl.program_id(0) % blocks, HEADS, COUNT, WIDTH, WIDE)
-        vectors = tl.arange(0, MANY)[None, :, None, None]
+        vectors = tl.arange(0, MANY)[None, :, None]
         is_vector = vectors < VECTORS
         inside_vectors = inside & is_vector
         at = (patch * VECTORS + vectors) * (2 * COUNT * WIDTH) + columns
-        k = _load(key_value, at, inside_vectors)
-        v = _load(key_value + COUNT * WIDTH, at, inside_vectors)
+        k = _load(key_value, at, inside_vectors, HEADS, WIDE)
+        v = _load(key_value + COUNT * WIDTH, at, inside_vectors, HEADS, WIDE)
         key_total = tl.zeros([1, MANY, HEADS, WIDE], dtype=tl.float32)
         value_total = tl.zeros([1, MANY, HEADS, WIDE], dtype=tl.float32)
         for first in range(start, end, BYTES):
-            rows = first + tl.arange(0, BYTES)[:, None, None, None]
+            rows = first + tl.arange(0, BYTES)[:, None, None]
             at_rows = rows.to(tl.int64) * (COUNT * WIDTH) + columns
             real = inside & (rows < end)
-            q = _load(query, at_rows, real)
-            g = _load(upstream, at_rows, real)
-            weights = _weights(q, k, scale * _LOG2_E, is_vector)
+            q = _load(query, at_rows, real, HEADS, WIDE)
+            g = _load(upstream, at_rows, real, HEADS, WIDE)
+            weights = _weights(q, k, scale * _LOG2_E, is_vector[:, :, :, None])
             slopes = tl.sum(g * v, 3, keep_dims=True)
             slopes = weights * (slopes - tl.sum(weights * slopes, 1, keep_dims=True)) * scale
             _store(query_gradient, at_rows, real, tl.sum(slopes * k, 1, keep_dims=True))
@@ -169,33 +173,33 @@ def _patches_read(
     patch, start, end, begin, last, row = chunk_of(program, ids, offsets, num_windows, CHUNK)
     if (program >= num_windows) | (start < end):
         columns, inside = _columns(block, HEADS, COUNT, WIDTH, WIDE)
-        vectors = tl.arange(0, MANY)[None, :, None, None]
-        q = _load(query, (patch * VECTORS + vectors) * (COUNT * WIDTH) + columns, inside & (vectors < VECTORS))
+        vectors = tl.arange(0, MANY)[None, :, None]
+        at = (patch * VECTORS + vectors) * (COUNT * WIDTH) + columns
+        q = _load(query, at, inside & (vectors < VECTORS), HEADS, WIDE)
         highest = tl.full([1, MANY, HEADS, 1], -float("inf"), dtype=tl.float32)
         total = tl.zeros([1, MANY, HEADS, 1], dtype=tl.float32)
         mixed = tl.zeros([1, MANY, HEADS, WIDE], dtype=tl.float32)
         for first in range(start, end, BYTES):
-            rows = first + tl.arange(0, BYTES)[:, None, None, None]
+            rows = first + tl.arange(0, BYTES)[:, None, None]
             at_rows = rows.to(tl.int64) * (2 * COUNT * WIDTH) + columns
             real = inside & (rows < end)
-            k = _load(key_value, at_rows, real)
-            v = _load(key_value + COUNT * WIDTH, at_rows, real)
-            scores = tl.where(rows < end, tl.sum(q * k, 3, keep_dims=True) * scale, -float("inf"))
+            k = _load(key_value, at_rows, real, HEADS, WIDE)
+            v = _load(key_value + COUNT * WIDTH, at_rows, real, HEADS, WIDE)
+            scores = tl.where((rows < end)[:, :, :, None], tl.sum(q * k, 3, keep_dims=True) * scale, -float("inf"))
             highest, total, mixed = _mixed(highest, total, mixed, scores, v)
         # Empty patches have a total of 0.
         some = tl.where(total == 0, 1.0, total)
         mixed = mixed / some
         total = tl.where(total == 0, 0.0, highest + tl.log2(some))
-        heads = block * HEADS + tl.arange(0, HEADS)[None, None, :, None]
+        heads = block * HEADS + tl.arange(0, HEADS)[None, None, :]
         is_sum = (vectors < VECTORS) & (heads < COUNT)
         if last - begin > CHUNK:
-            at = row * VECTORS + vectors
-            tl.store(buffer + at * (COUNT * WIDTH) + columns, mixed, mask=inside & (vectors < VECTORS))
-            tl.store(buffer_sums + at * COUNT + heads, total, mask=is_sum)
+            place = row * VECTORS + vectors
+            _store(buffer, place * (COUNT * WIDTH) + columns, inside & (vectors < VECTORS), mixed)
+            _store(buffer_sums, place * COUNT + heads, is_sum, total)
         else:
-            at = patch * VECTORS + vectors
-            _store(output, at * (COUNT * WIDTH) + columns, inside & (vectors < VECTORS), mixed)
-            tl.store(sums + at * COUNT + heads, total, mask=is_sum)
+            _store(output, at, inside & (vectors < VECTORS), mixed)
+            _store(sums, (patch * VECTORS + vectors) * COUNT + heads, is_sum, total)
 
 
 @triton.jit(do_not_specialize=["num_windows", "length"])
@@ -210,24 +214,25 @@ def _join_mixed(
     patch, _, chunks = long_segment(window, ids, offsets, length, CHUNK)
     if chunks > 0:
         columns, inside = _columns(block, HEADS, COUNT, WIDTH, WIDE)
-        heads = block * HEADS + tl.arange(0, HEADS)[None, None, :, None]
-        vectors = tl.arange(0, MANY)[None, :, None, None]
+        heads = block * HEADS + tl.arange(0, HEADS)[None, None, :]
+        vectors = tl.arange(0, MANY)[None, :, None]
         is_sum = (vectors < VECTORS) & (heads < COUNT)
         inside &= vectors < VECTORS
         at = (num_windows + window).to(tl.int64) * VECTORS + vectors
-        mixed = tl.load(buffer + at * (COUNT * WIDTH) + columns, mask=inside, other=0.0)
-        highest = tl.load(buffer_sums + at * COUNT + heads, mask=is_sum, other=0.0)
+        mixed = _load(buffer, at * (COUNT * WIDTH) + columns, inside, HEADS, WIDE)
+        highest = _load(buffer_sums, at * COUNT + heads, is_sum, HEADS, 1)
         total = tl.full([1, MANY, HEADS, 1], 1.0, dtype=tl.float32)
         for first in range(1, chunks, BYTES):
-            rows = first + tl.arange(0, BYTES)[:, None, None, None]
-            at = (window + rows).to(tl.int64) * VECTORS + vectors
+            rows = first + tl.arange(0, BYTES)[:, None, None]
+            at_rows = (window + rows).to(tl.int64) * VECTORS + vectors
             real = rows < chunks
-            scores = tl.load(buffer_sums + at * COUNT + heads, mask=is_sum & real, other=-float("inf"))
-            values = tl.load(buffer + at * (COUNT * WIDTH) + columns, mask=inside & real, other=0.0)
+            scores = _load(buffer_sums, at_rows * COUNT + heads, is_sum & real, HEADS, 1)
+            scores = tl.where(real[:, :, :, None], scores, -float("inf"))
+            values = _load(buffer, at_rows * (COUNT * WIDTH) + columns, inside & real, HEADS, WIDE)
             highest, total, mixed = _mixed(highest, total, mixed, scores, values)
         at = patch * VECTORS + vectors
         _store(output, at * (COUNT * WIDTH) + columns, inside, mixed / total)
-        tl.store(sums + at * COUNT + heads, highest + tl.log2(total), mask=is_sum)
+        _store(sums, at * COUNT + heads, is_sum, highest + tl.log2(total))
 
 
 @triton.jit(do_not_specialize=["num_windows"])
@@ -242,24 +247,24 @@ def _patches_read_gradient(
     patch, start, end, begin, last, row = chunk_of(program, ids, offsets, num_windows, CHUNK)
     if (program >= num_windows) | (start < end):
         columns, inside = _columns(block, HEADS, COUNT, WIDTH, WIDE)
-        heads = block * HEADS + tl.arange(0, HEADS)[None, None, :, None]
-        vectors = tl.arange(0, MANY)[None, :, None, None]
+        heads = block * HEADS + tl.arange(0, HEADS)[None, None, :]
+        vectors = tl.arange(0, MANY)[None, :, None]
         inside_vectors = inside & (vectors < VECTORS)
         at = (patch * VECTORS + vectors) * (COUNT * WIDTH) + columns
-        q = _load(query, at, inside_vectors)
-        g = _load(upstream, at, inside_vectors)
-        mean = tl.sum(_load(output, at, inside_vectors) * g, 3, keep_dims=True)
-        at_sums = (patch * VECTORS + vectors) * COUNT + heads
-        sum_ = tl.load(sums + at_sums, mask=(vectors < VECTORS) & (heads < COUNT), other=0.0)
+        q = _load(query, at, inside_vectors, HEADS, WIDE)
+        g = _load(upstream, at, inside_vectors, HEADS, WIDE)
+        mean = tl.sum(_load(output, at, inside_vectors, HEADS, WIDE) * g, 3, keep_dims=True)
+        is_sum = (vectors < VECTORS) & (heads < COUNT)
+        sum_ = _load(sums, (patch * VECTORS + vectors) * COUNT + heads, is_sum, HEADS, 1)
         query_total = tl.zeros([1, MANY, HEADS, WIDE], dtype=tl.float32)
         for first in range(start, end, BYTES):
-            rows = first + tl.arange(0, BYTES)[:, None, None, None]
+            rows = first + tl.arange(0, BYTES)[:, None, None]
             at_rows = rows.to(tl.int64) * (2 * COUNT * WIDTH) + columns
             real = inside & (rows < end)
-            k = _load(key_value, at_rows, real)
-            v = _load(key_value + COUNT * WIDTH, at_rows, real)
+            k = _load(key_value, at_rows, real, HEADS, WIDE)
+            v = _load(key_value + COUNT * WIDTH, at_rows, real, HEADS, WIDE)
             scores = tl.sum(q * k, 3, keep_dims=True) * (scale * _LOG2_E) - sum_
-            weights = tl.exp2(tl.where(rows < end, scores, -float("inf")))
+            weights = tl.exp2(tl.where((rows < end)[:, :, :, None], scores, -float("inf")))
             slopes = weights * (tl.sum(g * v, 3, keep_dims=True) - mean) * scale
             _store(gradient, at_rows, real, tl.sum(slopes * q, 1, keep_dims=True))
             _store(gradient + COUNT * WIDTH, at_rows, real, tl.sum(weights * g, 1, keep_dims=True))
