@@ -61,12 +61,12 @@ def floor_bytes(model: BLT, lm: ByteLM, rows: int, context: float) -> float:
     maps = bytes_of(*(layer.query for layer in cross), *(layer.output for layer in cross))  # type: ignore[arg-type]
     per_byte = bytes_of(lm.blocks, lm.head, model.encoder.blocks, model.decoder) - once - maps
     folded = len(cross) * 2 * config.cross_attention.num_heads * config.cross_attention.k * config.decoder.dim * 2
-    per_byte += min(maps, rows * folded + maps / PATCH_LENGTH)
     hashes = config.hash_embedding.num_tables * config.encoder.dim * 2
     caches = cache_bytes(lm.config.transformer, context)
     caches += cache_bytes(config.encoder, context) + cache_bytes(config.decoder, context)
     caches += cache_bytes(config.latent, context / PATCH_LENGTH) / PATCH_LENGTH
-    return per_byte + per_patch / PATCH_LENGTH + rows * (caches + hashes)
+    cross_bytes = min(maps, rows * folded + maps / PATCH_LENGTH)
+    return per_byte + cross_bytes + per_patch / PATCH_LENGTH + rows * (caches + hashes)
 
 
 def make_models(run: Settings) -> tuple[BLT, ByteLM]:
