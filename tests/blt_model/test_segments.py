@@ -20,6 +20,10 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
 
 
+def joined(key: Tensor, value: Tensor) -> Tensor:
+    return torch.stack([key, value], -3)
+
+
 def assert_same(ours: Callable[..., Tensor], loop: Callable[..., Tensor], *leaves: Tensor) -> None:
     actual, expected = ours(*leaves), loop(*leaves)
     torch.testing.assert_close(actual, expected)
@@ -61,7 +65,7 @@ def test_patches_read_their_bytes(k: int) -> None:
         return torch.stack(rows)
 
     leaves = random(len(RUNS), k, 2, 4), random(30, 2, 4), random(30, 2, 4)
-    assert_same(lambda q, key, v: patches_read_bytes(q, key, v, SEGMENTS), loop, *leaves)
+    assert_same(lambda q, key, v: patches_read_bytes(q, joined(key, v), SEGMENTS), loop, *leaves)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -74,13 +78,13 @@ def test_bytes_read_one_patch(k: int) -> None:
         return torch.stack(rows)
 
     leaves = random(30, 2, 4), random(len(RUNS), k, 2, 4), random(len(RUNS), k, 2, 4)
-    assert_same(lambda q, key, v: bytes_read_patches(q, key, v, SEGMENTS), loop, *leaves)
+    assert_same(lambda q, key, v: bytes_read_patches(q, joined(key, v), SEGMENTS), loop, *leaves)
 
 
 def test_weights_do_not_overflow() -> None:
     """Scores of thousands, as an untrained or diverging model may give."""
     query, key, value = (1e3 * random(*shape) for shape in ((len(RUNS), 2, 2, 4), (30, 2, 4), (30, 2, 4)))
-    assert patches_read_bytes(query.float(), key.float(), value.float(), SEGMENTS).isfinite().all()
+    assert patches_read_bytes(query.float(), joined(key, value).float(), SEGMENTS).isfinite().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -95,7 +99,7 @@ def test_sums_on_cuda_come_out_the_same_every_time_and_as_on_the_cpu() -> None:
         query, key, value = (leaf.to(device).requires_grad_() for leaf in leaves)
         runs = Segments.from_offsets(offsets.to(device), 9000)
         return torch.autograd.grad(
-            bytes_read_patches(query, key, value, runs), (query, key, value), gradient.to(device)
+            bytes_read_patches(query, joined(key, value), runs), (query, key, value), gradient.to(device)
         )
 
     first = gradients("cuda")
@@ -111,7 +115,10 @@ def test_pieces_of_any_size_give_the_same(piece: int, k: int, monkeypatch: pytes
     others = random(30, 2, 4), random(len(RUNS), k, 2, 4), random(len(RUNS) + 1, k, 2, 4)[1:]
 
     def results() -> list[Tensor]:
-        outputs = [patches_read_bytes(patches, *read, SEGMENTS), bytes_read_patches(*others, SEGMENTS)]
+        outputs = [
+            patches_read_bytes(patches, joined(*read), SEGMENTS),
+            bytes_read_patches(others[0], joined(*others[1:]), SEGMENTS),
+        ]
         total = sum(output.square().sum() for output in outputs)
         assert isinstance(total, Tensor)
         return [*outputs, *torch.autograd.grad(total, [patches, *read, *others])]

@@ -145,7 +145,7 @@ def segment_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
     lengths = patch_lengths(tokens, 4.5, rng)
     patches = len(lengths)
     ids = torch.from_numpy(np.repeat(np.arange(patches), lengths)).to(run.device)
-    segments = Segments(ids, patches)
+    segments = Segments.from_ids(ids, patches)
     of = ids[None, :] == torch.arange(patches, device=run.device)[:, None]
 
     def patches_read(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -163,11 +163,19 @@ def segment_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [torch.randn(shape, device=run.device) for shape in (by_patch, by_token, by_token)]
         yield compare(
-            "patches read bytes", leaves, lambda q, k, v: patches_read_bytes(q, k, v, segments), patches_read, dtype
+            "patches read bytes",
+            leaves,
+            lambda q, k, v: patches_read_bytes(q, torch.stack([k, v], 1), segments),
+            patches_read,
+            dtype,
         )
         leaves = [torch.randn(shape, device=run.device) for shape in (by_token, by_patch, by_patch)]
         yield compare(
-            "bytes read patches", leaves, lambda q, k, v: bytes_read_patches(q, k, v, segments), bytes_read, dtype
+            "bytes read patches",
+            leaves,
+            lambda q, k, v: bytes_read_patches(q, torch.stack([k, v], 2), segments),
+            bytes_read,
+            dtype,
         )
         # Distinct values: bfloat16 would tie, and ties share a gradient that amax gives to them in another way.
         spread = torch.randperm(tokens * width, device=run.device).view(tokens, width).float() / 256

@@ -258,7 +258,8 @@ class BLT(nn.Module):
         decoder_layout = encoder_layout
         if _layout_key(config.decoder) != _layout_key(config.encoder):
             decoder_layout = self._byte_layout(config.decoder, batch, x)
-        logits: Tensor = self.decoder(x, latents, decoder_layout, Segments(batch.decoder_patch, num_patches))
+        reads = Segments.from_ids(batch.decoder_patch, num_patches)
+        logits: Tensor = self.decoder(x, latents, decoder_layout, reads)
         return logits
 
     def _byte_layout(self, config: TransformerConfig, batch: PackedBatch, x: Tensor) -> SequenceLayout:

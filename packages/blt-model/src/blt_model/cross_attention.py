@@ -44,17 +44,12 @@ class CrossAttention(nn.Module):
         initialize_linear(self.key_value)
         initialize_linear(self.output, 1 / math.sqrt(2 * num_layers))
 
-    def _heads(self, reader: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the reader, keys and values of what it reads, each [..., H, E]."""
+    def _heads(self, reader: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the reader, [..., H, E], and keys and values of what it reads, [..., 2, H, E]."""
         query: Tensor = self.query(self.query_norm(reader))
         key_value: Tensor = self.key_value(self.key_norm(read))
-        key, value = key_value.chunk(2, dim=-1)
         width = self.head_dim
-        return (
-            query.view(*query.shape[:-1], -1, width),
-            key.reshape(*key.shape[:-1], -1, width),
-            value.reshape(*value.shape[:-1], -1, width),
-        )
+        return query.view(*query.shape[:-1], -1, width), key_value.view(*key_value.shape[:-1], 2, -1, width)
 
     def _add(self, reader: Tensor, mixed: Tensor) -> Tensor:
         out: Tensor = self.output(mixed.flatten(-2))

@@ -1,17 +1,17 @@
 """Triton kernels over segments: how segments are cut into work, how the parts of one are joined, and pooling.
 
 Most segments are short, and some are very long (padding is one), so they are cut into chunks of CHUNK positions, and a
-program takes one chunk. Which one it is, it reads from ids and offsets alone: the host need not know the segments, and no
-plan is made.
+program takes one chunk. Which one it is, it reads from ids and offsets alone: the host need not know the segments, and
+no plan is made.
 
 - A program for every segment takes its first chunk.
-- A program for every window of CHUNK positions takes the later chunk that begins in its window. There is at most one: a
-  later chunk has at least CHUNK positions of its segment before it.
+- A program for every window of CHUNK positions takes the later chunk that begins in its window. There is at most one,
+  as a later chunk has at least CHUNK positions of its segment before it.
 
 Results of a long segment's chunks go to a buffer in float32: those of later chunks to the row of their window, in the
-lower half; those of first chunks to the upper half, to the row of the window in which the segment begins. The program of
-that window joins them, for the chunks of a segment begin in neighbouring windows. So sums are taken in one order always,
-and no program works much longer than others.
+lower half; those of first chunks to the upper half, to the row of the window in which the segment begins. The program
+of that window joins them, for the chunks of a segment begin in neighbouring windows. So sums are taken in one order
+always, and no program works much longer than others.
 
 This module needs triton; import it only for tensors on CUDA (or under Triton's interpreter).
 
@@ -73,7 +73,7 @@ def chunk_of(program, ids, offsets, num_windows, CHUNK: tl.constexpr):
 
 @triton.jit
 def long_segment(window, ids, offsets, length, CHUNK: tl.constexpr):
-    """The segment of several chunks that begins in a window: its number, its length, its chunks (0 if there is none)."""
+    """The segment of several chunks that begins in a window: its number, length and chunks (0 if there is none)."""
     after = (window + 1) * CHUNK
     segment = tl.load(ids + tl.minimum(after, length - 1)).to(tl.int64)
     begin = tl.load(offsets + segment).to(tl.int32)

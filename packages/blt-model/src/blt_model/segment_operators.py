@@ -1,8 +1,8 @@
 """The Triton kernels over segments as operations of torch.
 
-Each has a fake implementation and a backward, so that compiled code calls it as it is and recomputation can keep what it
-gives. Nothing waits for the GPU, shapes follow from shapes, and a CUDA graph can hold a call. Triton is loaded by the
-first call. All results are contiguous.
+Each has a fake implementation and a backward, so that compiled code calls it as it is and recomputation can keep what
+it gives. Nothing waits for the GPU, shapes follow from shapes, and a CUDA graph can hold a call. Triton is loaded by
+the first call. All results are contiguous.
 
 Legend: T positions (bytes), P segments (patches), K vectors of a patch, H heads, E head width.
 """

@@ -1,9 +1,10 @@
 """Reductions over the patches of a packed batch, and the two cross-attentions, without padding or masks.
 
 Patches are segments: runs of neighbouring positions. Every function here is linear in tokens, reads sizes from shapes
-only, and has its own backward, which gathers again what the forward gathered: what is kept between the two is no
-larger than the inputs (but for the attention weights, k numbers for each token and head). On the CPU the gathered
-vectors are made and used piece by piece, and never lie in memory as a whole.
+only, and keeps nothing for its backward that is larger than its inputs (but off CUDA the attention weights, K numbers
+for each token and head). On CUDA, Triton kernels read every input once and write every output once. Elsewhere, in
+float64 and where triton is missing, torch's operations do it: backwards gather again what forwards gathered, and on the
+CPU the gathered vectors are made and used piece by piece, and never lie in memory as a whole.
 
 Sums over runs come out the same in every run of a program: on CUDA each is taken by itself, in order, not by atomic
 additions.
@@ -20,18 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blt_model import segment_operators
 from blt_model.fused import in_pieces, pieces
 from blt_model.packed import segment_of
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """A partition of T positions into P runs, some of them empty."""
+    """A partition of T positions into P runs, some of them empty; made once for all layers that share it."""
 
     ids: Tensor
     """int64 [T], never decreasing: the run that holds a position."""
-    count: int
-    """P."""
+    offsets: Tensor
+    """int32 [P + 1]: run p holds positions offsets[p] to offsets[p + 1]; the last equals T."""
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return self.offsets.shape[0] - 1
 
     @classmethod
     def from_offsets(cls, offsets: Tensor, length: int) -> Segments:
@@ -41,7 +48,18 @@ class Segments:
             offsets: int32 [P + 1], from 0 to length.
             length: T.
         """
-        return cls(segment_of(offsets, length), offsets.shape[0] - 1)
+        return cls(segment_of(offsets, length), offsets)
+
+    @classmethod
+    def from_ids(cls, ids: Tensor, count: int) -> Segments:
+        """Runs given by the positions that they hold.
+
+        Args:
+            ids: int64 [T], never decreasing, each less than count.
+            count: P.
+        """
+        runs = torch.arange(count + 1, device=ids.device, dtype=ids.dtype)
+        return cls(ids, torch.searchsorted(ids, runs, out_int32=True))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -49,13 +67,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _sum(values: Tensor, ids: Tensor, count: int, total: Tensor | None = None) -> Tensor:
+def _sum(values: Tensor, ids: Tensor, offsets: Tensor, total: Tensor | None = None) -> Tensor:
     """Sum [T, ...] over runs to [P, ...], in at least float32, and to `total` where there is one."""
     values = _wide(values)
     if total is None and values.device.type == "cuda":
-        offsets = torch.searchsorted(ids, torch.arange(count + 1, device=ids.device))
         return torch.segment_reduce(values.contiguous(), "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
-    total = values.new_zeros((count, *values.shape[1:])) if total is None else total
+    total = values.new_zeros((offsets.shape[0] - 1, *values.shape[1:])) if total is None else total
     return total.index_add_(0, ids, values)
 
 
@@ -87,24 +104,24 @@ class _SegmentMaximum(torch.autograd.Function):
     """Where several positions hold the largest value, each gets an equal share of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ids: Tensor, count: int) -> Tensor:
-        result = _maximum(values, ids, count)
-        ctx.save_for_backward(values, result, ids)
+    def forward(ctx: Any, values: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+        result = _maximum(values, ids, len(offsets) - 1)
+        ctx.save_for_backward(values, result, ids, offsets)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        values, result, ids = ctx.saved_tensors
+        values, result, ids, offsets = ctx.saved_tensors
         largest = values == result[ids]
-        share = _wide(gradients[0]) / _sum(largest, ids, len(result)).clamp_(min=1)
+        share = _wide(gradients[0]) / _sum(largest, ids, offsets).clamp_(min=1)
         return torch.where(largest, share[ids], 0).to(values.dtype), None, None
 
 
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ids: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
-        return _sum(values, ids, count).to(values.dtype)
+        return _sum(values, ids, offsets).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -121,7 +138,15 @@ def segment_max(values: Tensor, segments: Segments) -> Tensor:
     Returns:
         [P, ...], 0 for empty runs. The gradient is shared equally among positions that tie.
     """
-    result: Tensor = _SegmentMaximum.apply(values, segments.ids, segments.count)
+    if segment_operators.has_kernels(values):
+        result: Tensor = segment_operators.maximum(values, segments.ids, segments.offsets)
+        return result
+    return segment_max_by_steps(values, segments)
+
+
+def segment_max_by_steps(values: Tensor, segments: Segments) -> Tensor:
+    """As `segment_max`, by torch's own operations."""
+    result: Tensor = _SegmentMaximum.apply(values, segments.ids, segments.offsets)
     return result
 
 
@@ -135,61 +160,66 @@ def segment_mean(values: Tensor, segments: Segments) -> Tensor:
     Returns:
         [P, dim], 0 for empty runs.
     """
-    ones = torch.ones(len(segments.ids), dtype=torch.float32, device=values.device)
-    sizes = _sum(ones, segments.ids, segments.count).clamp_(min=1)
-    total: Tensor = _SegmentSum.apply(values, segments.ids, segments.count)
-    return (total / sizes[:, None]).to(values.dtype)
+    if segment_operators.has_kernels(values):
+        result: Tensor = segment_operators.mean(values, segments.ids, segments.offsets)
+        return result
+    return segment_mean_by_steps(values, segments)
+
+
+def segment_mean_by_steps(values: Tensor, segments: Segments) -> Tensor:
+    """As `segment_mean`, by torch's own operations."""
+    total: Tensor = _SegmentSum.apply(values, segments.ids, segments.offsets)
+    return (total / segments.offsets.diff().clamp_(min=1).float()[:, None]).to(values.dtype)
 
 
 class _PatchesReadBytes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         count, width = len(query), query[:1].numel()
         parts = [_wide((query[ids[rows]] * key[rows, None]).sum(-1)) for rows in _rows(key, width)]
         scores = _joined(parts) * query.shape[-1] ** -0.5
         weights = (scores - _maximum(scores, ids, count)[ids]).exp_()
-        weights = weights / _sum(weights, ids, count)[ids]
-        ctx.save_for_backward(query, key, value, ids, weights)
+        weights = weights / _sum(weights, ids, offsets)[ids]
+        ctx.save_for_backward(query, key, value, ids, offsets, weights)
         mixed: Tensor | None = None
         for rows in _rows(key, width):
             part = weights[rows].to(value.dtype)[..., None] * value[rows, None]
-            mixed = _sum(part, ids[rows], count, mixed)
+            mixed = _sum(part, ids[rows], offsets, mixed)
         return _some(mixed).to(query.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, ids, weights = ctx.saved_tensors
-        count, width = len(query), query[:1].numel()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, ids, offsets, weights = ctx.saved_tensors
+        width = query[:1].numel()
         weights_gradients, value_gradients, key_gradients = [], [], []
         for rows in _rows(key, width):
             gradient = gradients[0][ids[rows]]
             weights_gradients.append(_wide((gradient * value[rows, None]).sum(-1)))
             value_gradients.append((weights[rows].to(value.dtype)[..., None] * gradient).sum(1))
         weights_gradient = _joined(weights_gradients)
-        mean = _sum(weights * weights_gradient, ids, count)[ids]
+        mean = _sum(weights * weights_gradient, ids, offsets)[ids]
         scores = (weights * (weights_gradient - mean) * query.shape[-1] ** -0.5).to(query.dtype)[..., None]
         query_gradient: Tensor | None = None
         for rows in _rows(key, width):
-            query_gradient = _sum(scores[rows] * key[rows, None], ids[rows], count, query_gradient)
+            query_gradient = _sum(scores[rows] * key[rows, None], ids[rows], offsets, query_gradient)
             key_gradients.append((scores[rows] * query[ids[rows]]).sum(1))
-        return _some(query_gradient).to(query.dtype), _joined(key_gradients), _joined(value_gradients), None
+        return _some(query_gradient).to(query.dtype), _joined(key_gradients), _joined(value_gradients), None, None
 
 
 class _BytesReadPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         mixed, weights = [], []
         for rows in _rows(query, key[:1].numel()):
             scores = _wide((query[rows, None] * key[ids[rows]]).sum(-1)) * query.shape[-1] ** -0.5
             weights.append(scores.softmax(dim=1))
             mixed.append((weights[-1].to(value.dtype)[..., None] * value[ids[rows]]).sum(1))
-        ctx.save_for_backward(query, key, value, ids, _joined(weights))
+        ctx.save_for_backward(query, key, value, ids, offsets, _joined(weights))
         return _joined(mixed)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, ids, weights = ctx.saved_tensors
-        count = len(key)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, ids, offsets, weights = ctx.saved_tensors
         query_gradients = []
         key_gradient: Tensor | None = None
         value_gradient: Tensor | None = None
@@ -199,40 +229,54 @@ class _BytesReadPatches(torch.autograd.Function):
             mean = (weight * weights_gradient).sum(1, keepdim=True)
             scores = (weight * (weights_gradient - mean) * query.shape[-1] ** -0.5).to(query.dtype)[..., None]
             query_gradients.append((scores * key[ids[rows]]).sum(1))
-            key_gradient = _sum(scores * query[rows, None], ids[rows], count, key_gradient)
+            key_gradient = _sum(scores * query[rows, None], ids[rows], offsets, key_gradient)
             part = weight.to(value.dtype)[..., None] * gradient
-            value_gradient = _sum(part, ids[rows], count, value_gradient)
+            value_gradient = _sum(part, ids[rows], offsets, value_gradient)
         key_gradient, value_gradient = _some(key_gradient).to(key.dtype), _some(value_gradient).to(value.dtype)
-        return _joined(query_gradients), key_gradient, value_gradient, None
+        return _joined(query_gradients), key_gradient, value_gradient, None, None
 
 
-def patches_read_bytes(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+def patches_read_bytes(query: Tensor, key_value: Tensor, segments: Segments) -> Tensor:
     """Attention of a patch's K vectors to the bytes of that patch.
 
     Args:
         query: [P, K, H, E].
-        key: [T, H, E].
-        value: [T, H, E].
+        key_value: [T, 2, H, E], keys and values.
         segments: the patch that holds each byte.
 
     Returns:
         [P, K, H, E]; 0 for empty patches.
     """
-    result: Tensor = _PatchesReadBytes.apply(query, key, value, segments.ids)
+    if segment_operators.has_kernels(query):
+        result: Tensor = segment_operators.patches_read(query, key_value, segments.ids, segments.offsets)[0]
+        return result
+    return patches_read_bytes_by_steps(query, key_value, segments)
+
+
+def patches_read_bytes_by_steps(query: Tensor, key_value: Tensor, segments: Segments) -> Tensor:
+    """As `patches_read_bytes`, by torch's own operations."""
+    result: Tensor = _PatchesReadBytes.apply(query, *key_value.unbind(-3), segments.ids, segments.offsets)
     return result
 
 
-def bytes_read_patches(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+def bytes_read_patches(query: Tensor, key_value: Tensor, segments: Segments) -> Tensor:
     """Attention of every byte to the K vectors of one patch.
 
     Args:
         query: [T, H, E].
-        key: [P, K, H, E].
-        value: [P, K, H, E].
+        key_value: [P, K, 2, H, E], keys and values.
         segments: the patch that each byte reads.
 
     Returns:
         [T, H, E].
     """
-    result: Tensor = _BytesReadPatches.apply(query, key, value, segments.ids)
+    if segment_operators.has_kernels(query):
+        result: Tensor = segment_operators.bytes_read(query, key_value, segments.ids, segments.offsets)
+        return result
+    return bytes_read_patches_by_steps(query, key_value, segments)
+
+
+def bytes_read_patches_by_steps(query: Tensor, key_value: Tensor, segments: Segments) -> Tensor:
+    """As `bytes_read_patches`, by torch's own operations."""
+    result: Tensor = _BytesReadPatches.apply(query, *key_value.unbind(-3), segments.ids, segments.offsets)
     return result

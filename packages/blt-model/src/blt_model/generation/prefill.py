@@ -217,7 +217,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     """Byte states [T, dim], and the vectors [all patches, K, dim]."""
     encoder = model.encoder
-    segments = Segments(torch.from_numpy(patches.byte_patch).to(x.device), int(patches.byte_patch[-1]) + 1)
+    segments = Segments.from_ids(torch.from_numpy(patches.byte_patch).to(x.device), int(patches.byte_patch[-1]) + 1)
     vectors: Tensor | None = None
     for layer, block in enumerate(encoder.blocks):
         x = _run(block, x, layout, layer, None if sink is None else sink.encoder)
@@ -246,7 +246,7 @@ def _decode(
     decoder = model.decoder
     projected: Tensor = decoder.patch_projection(latents)
     vectors = projected.view(len(projected), decoder.vectors, -1)
-    segments = Segments(torch.from_numpy(patches.decoder_patch).to(x.device), len(vectors))
+    segments = Segments.from_ids(torch.from_numpy(patches.decoder_patch).to(x.device), len(vectors))
     layout = texts.layout(model.config.decoder, x, str(model.attention_backend))
     for layer, block in enumerate(decoder.blocks):
         if str(layer) in decoder.cross_attention:
