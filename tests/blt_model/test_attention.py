@@ -7,7 +7,7 @@ from torch import Tensor
 from blt_model.attention import AttentionBackend, attend, plan_attention, resolve_backend
 from blt_model.errors import ModelError
 
-SDPA, VARLEN, FLEX = AttentionBackend.SDPA, AttentionBackend.VARLEN, AttentionBackend.FLEX
+SDPA, VARLEN, FLEX, TRITON = (AttentionBackend(name) for name in ("sdpa", "varlen", "flex", "triton"))
 OFFSETS = {
     "one document": [0, 75],
     "many": [0, 1, 2, 20, 52, 53, 75],
@@ -139,6 +139,24 @@ def test_flex_reads_what_is_carried(window: int, valid: int) -> None:
     torch.compiler.reset()
     half = torch.bfloat16
     compare(FLEX, OFFSETS["many"], window, carried=window - 1, valid=valid, device="cuda", dtype=half, tolerance=3e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton compiles for CUDA")
+@pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS.keys())
+@pytest.mark.parametrize("window", [None, 1, 16, 300])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-5)])
+def test_triton_equals_the_reference(
+    offsets: list[int], window: int | None, kv_heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    compare(TRITON, offsets, window, kv_heads=kv_heads, device="cuda", dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton compiles for CUDA")
+@pytest.mark.parametrize(("window", "valid"), [(16, 0), (16, 15), (16, 4), (40, 39), (100, 7)])
+def test_triton_reads_what_is_carried(window: int, valid: int) -> None:
+    half = torch.bfloat16
+    compare(TRITON, OFFSETS["many"], window, carried=window - 1, valid=valid, device="cuda", dtype=half, tolerance=3e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -278,6 +278,10 @@ def test_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = torch.zeros(5, 2, 24, device=DEVICE)
     with pytest.raises(ModelError, match="takes heads of 16, 32, 64, 128, 256 numbers, and got 24"):
         attend(heads, heads, heads, pack([5], None))
+    monkeypatch.setattr("blt_model.tile_attention._HAS_TRITON", True)
+    with pytest.raises(ModelError, match="got 48; use another backend"):
+        resolve_backend("triton", cuda, torch.bfloat16, width=48)
+    assert resolve_backend("triton", cuda, torch.bfloat16, width=64) is AttentionBackend.TRITON
     monkeypatch.setattr("blt_model.tile_attention._HAS_TRITON", False)
     with pytest.raises(ModelError, match="needs the package triton"):
         resolve_backend("triton", cuda, torch.bfloat16)

@@ -105,13 +105,16 @@ class AttentionPlan:
     """triton."""
 
 
-def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def resolve_backend(
+    backend: AttentionBackend | str, device: torch.device, dtype: torch.dtype, *, width: int | None = None
+) -> AttentionBackend:
     """Turn a wish into a backend.
 
     Args:
         backend: "auto" takes varlen for half precision on CUDA and sdpa elsewhere.
         device: of the queries.
         dtype: of the queries.
+        width: E; None where it is not known yet.
 
     Returns:
         Any but AUTO.
@@ -133,12 +136,19 @@ def resolve_backend(backend: AttentionBackend | str, device: torch.device, dtype
             raise ModelError("this torch has no varlen_attn with window_size; update torch, or use backend sdpa.")
         return AttentionBackend.VARLEN
     if backend == AttentionBackend.TRITON:
-        check_triton(device, dtype)
+        check_triton(device, dtype, width)
         return AttentionBackend.TRITON
     if backend == AttentionBackend.FLEX:
         check_flex(device, dtype)
         return AttentionBackend.FLEX
-    if backend == AttentionBackend.AUTO and fits and "window_size" in _VARLEN_OPTIONS:
+    if backend == AttentionBackend.AUTO:
+        return _automatic(fits)
+    return AttentionBackend.SDPA
+
+
+def _automatic(fits: bool) -> AttentionBackend:
+    """What "auto" takes, given whether the device is CUDA and the dtype half precision: the fastest that runs."""
+    if fits and "window_size" in _VARLEN_OPTIONS:
         return AttentionBackend.VARLEN
     return AttentionBackend.SDPA
 
@@ -257,7 +267,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
         [T, H, E] of the query's dtype.
 
     Raises:
-        ModelError: a head width that the backend does not take.
+        ModelError: a head width that the backend does not take, where none was known when it was chosen.
     """
     if plan.backend == AttentionBackend.VARLEN:
         return _attend_varlen(query, key, value, plan)

@@ -204,7 +204,7 @@ class ByteLM(nn.Module):
             offsets,
             length,
             window=trunk.window,
-            backend=resolve_backend(self.attention_backend, x.device, compute_dtype(x)),
+            backend=resolve_backend(self.attention_backend, x.device, compute_dtype(x), width=trunk.head_dim),
             max_length=max_length,
             carried=self.carried,
             carried_valid=state.valid,

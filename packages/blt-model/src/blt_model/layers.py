@@ -217,7 +217,7 @@ def make_layout(
         offsets,
         length,
         window=config.window,
-        backend=resolve_backend(backend, x.device, compute_dtype(x)),
+        backend=resolve_backend(backend, x.device, compute_dtype(x), width=config.head_dim),
         max_length=max_length,
     )
     return SequenceLayout.make(plan, document_positions(offsets, length), config)

@@ -42,15 +42,16 @@ class Bounds:
         return cls(first, torch.searchsorted(first, keys, right=True, out_int32=True))
 
 
-def check_triton(device: torch.device, dtype: torch.dtype) -> None:
+def check_triton(device: torch.device, dtype: torch.dtype, width: int | None = None) -> None:
     """Refuse where the kernels cannot run.
 
     Args:
         device: of the queries.
         dtype: of the queries.
+        width: E; None where it is not known yet.
 
     Raises:
-        ModelError: no CUDA, float64, or no Triton.
+        ModelError: no CUDA, float64, no Triton, or a head width that is no power of two from 16 to 256.
     """
     if device.type != "cuda":
         raise ModelError(f"attention backend triton runs CUDA kernels, and got {device.type}; use backend sdpa.")
@@ -58,6 +59,16 @@ def check_triton(device: torch.device, dtype: torch.dtype) -> None:
         raise ModelError(f"attention backend triton computes in float16, bfloat16 or float32, and got {dtype}.")
     if not _HAS_TRITON:
         raise ModelError("attention backend triton needs the package triton; install it, or use backend sdpa.")
+    if width is not None:
+        _check_width(width)
+
+
+def _check_width(width: int) -> None:
+    if width not in WIDTHS:
+        raise ModelError(
+            f"attention backend triton takes heads of {', '.join(map(str, WIDTHS))} numbers, and got {width}; use "
+            "another backend."
+        )
 
 
 @functools.cache
@@ -142,10 +153,6 @@ def attend_tiles(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> T
     Raises:
         ModelError: a head width that is no power of two from 16 to 256.
     """
-    if query.shape[-1] not in WIDTHS:
-        raise ModelError(
-            f"attention backend triton takes heads of {', '.join(map(str, WIDTHS))} numbers, and got "
-            f"{query.shape[-1]}; use another backend."
-        )
+    _check_width(query.shape[-1])
     output: Tensor = _attend(query, key, value, bounds.first, bounds.ends)[0]
     return output

@@ -44,7 +44,7 @@ class Tiles:
     warps: int
     stages: int
     """Tiles of the loop that are under way at once."""
-    one_loop: bool = False
+    one_loop: bool = True
     """Each tile asks whether it needs the mask; else there are three loops, the middle one without."""
     bulk: bool = True
     """Whether tiles are fetched whole by the copy engine, where device (compute capability 9) and strides let it."""
@@ -62,34 +62,39 @@ class Plan:
 HALF = {
     64: Plan(
         forward=Tiles(queries=128, keys=64, warps=4, stages=3),
-        query_gradient=Tiles(queries=128, keys=64, warps=8, stages=3),
-        key_gradient=Tiles(queries=64, keys=128, warps=8, stages=3),
+        query_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
+        key_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
     ),
     128: Plan(
-        forward=Tiles(queries=128, keys=64, warps=8, stages=3),
-        query_gradient=Tiles(queries=128, keys=64, warps=8, stages=2),
-        key_gradient=Tiles(queries=64, keys=128, warps=8, stages=2),
+        forward=Tiles(queries=64, keys=64, warps=4, stages=3),
+        query_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
+        key_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
     ),
     256: Plan(
         forward=Tiles(queries=128, keys=64, warps=8, stages=2),
-        query_gradient=Tiles(queries=64, keys=64, warps=8, stages=1),
-        key_gradient=Tiles(queries=32, keys=64, warps=8, stages=1),
+        query_gradient=Tiles(queries=64, keys=32, warps=8, stages=2),
+        key_gradient=Tiles(queries=32, keys=64, warps=8, stages=2),
     ),
 }
 """In half precision, by the head width up to which it holds."""
 SINGLE = {
     64: Plan(
-        forward=Tiles(queries=64, keys=32, warps=4, stages=2),
-        query_gradient=Tiles(queries=32, keys=32, warps=4, stages=2),
-        key_gradient=Tiles(queries=32, keys=32, warps=4, stages=2),
+        forward=Tiles(queries=64, keys=32, warps=8, stages=2, bulk=False),
+        query_gradient=Tiles(queries=32, keys=32, warps=8, stages=2, bulk=False),
+        key_gradient=Tiles(queries=32, keys=32, warps=8, stages=2, bulk=False),
+    ),
+    128: Plan(
+        forward=Tiles(queries=32, keys=32, warps=8, stages=1, bulk=False),
+        query_gradient=Tiles(queries=32, keys=32, warps=8, stages=1, bulk=False),
+        key_gradient=Tiles(queries=32, keys=32, warps=8, stages=1, bulk=False),
     ),
     256: Plan(
-        forward=Tiles(queries=32, keys=32, warps=4, stages=1),
-        query_gradient=Tiles(queries=16, keys=32, warps=4, stages=1),
-        key_gradient=Tiles(queries=32, keys=16, warps=4, stages=1),
+        forward=Tiles(queries=16, keys=16, warps=4, stages=1, bulk=False),
+        query_gradient=Tiles(queries=16, keys=16, warps=4, stages=1, bulk=False),
+        key_gradient=Tiles(queries=16, keys=16, warps=4, stages=1, bulk=False),
     ),
 }
-"""In float32, which goes through no matrix units."""
+"""In float32, which goes through no matrix units and so needs its numbers in registers, which limits the tiles."""
 
 
 def tiles_for(width: int, dtype: torch.dtype) -> Plan:
@@ -189,7 +194,7 @@ def _attention_forward(
         state = _forward_loop(state, q, keys, values, a, b, limits, scale, KEYS, WIDTH, _PLAIN, PRECISION, BULK)
         state = _forward_loop(state, q, keys, values, b, high, limits, scale, KEYS, WIDTH, _MASKED, PRECISION, BULK)
     result, total, highest = state
-    result = result / total[:, None]
+    result *= (1.0 / total)[:, None]
     at = rows.to(tl.int64)[:, None] * (num_heads * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(output + at, result.to(output.dtype.element_ty), mask=real[:, None])
     tl.store(sums + head.to(tl.int64) * num_queries + rows, (highest + tl.log2(total)) * _LN_2, mask=real)
@@ -369,6 +374,7 @@ def _options(width: int, dtype: torch.dtype, tiles: Tiles, bulk: bool) -> dict[s
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",  # of no effect in half precision
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        "enable_fp_fusion": True,  # of a score's scaling and its distance from the maximum
     }
 
 
