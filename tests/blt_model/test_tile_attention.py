@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter knows no bfloat16.
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LONG = 700 if CUDA else 70
 """Tokens of a pack; the interpreter is slow."""
 
@@ -196,15 +196,15 @@ def test_log_sum_exps_and_other_layouts(seed: int) -> None:
     assert plan.bounds is not None
     output, sums = torch.ops.blt_model.attend_tiles(query, key, value, plan.bounds.first, plan.bounds.ends)
     wanted, wanted_sums = dense(query.double(), key.double(), value.double(), allowed_pairs(lengths, 0, 0, 9))
-    assert error(output, wanted) < 2e-6
-    assert error(sums, wanted_sums) < 2e-6
+    assert error(output, wanted) < TOLERANCE[torch.float32]
+    assert error(sums, wanted_sums) < TOLERANCE[torch.float32]
     query.requires_grad_()
     attend(query, key, value, plan).sum().backward()  # type: ignore[no-untyped-call]
     exact = query.detach().double().requires_grad_()
     dense(exact, key.double(), value.double(), allowed_pairs(lengths, 0, 0, 9))[0].sum().backward()  # type: ignore[no-untyped-call]
     assert query.grad is not None
     assert exact.grad is not None
-    assert error(query.grad, exact.grad) < 5e-6
+    assert error(query.grad, exact.grad) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -303,11 +303,10 @@ def test_bounds(seed: int) -> None:
         assert torch.equal(allowed, (query >= key - carried) & (query < bounds.ends))
 
 
-@pytest.mark.skipif(not CUDA, reason="the interpreter takes part in no tracing of sizes")
 def test_operations_keep_torchs_rules(kernels: ModuleType, seed: int) -> None:
     torch.manual_seed(seed)
-    query, key, value = (random(70, heads, 32, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
-    bounds = pack([50, 20], 33).bounds
+    query, key, value = (random(30, heads, 16, dtype=DTYPES[0]).requires_grad_() for heads in (4, 2, 2))
+    bounds = pack([20, 10], 13).bounds
     assert bounds is not None
     inputs = (query, key, value, bounds.first, bounds.ends)
     torch.library.opcheck(torch.ops.blt_model.attend_tiles.default, inputs)

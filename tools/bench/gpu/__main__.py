@@ -16,7 +16,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-SHARES = {"numerics": 60.0, "training_step": 170.0, "entropy_job": 60.0, "generation": 80.0, "real_run": 190.0}
+SHARES = {
+    "numerics": 60.0,
+    "attention": 25.0,
+    "training_step": 170.0,
+    "entropy_job": 60.0,
+    "generation": 80.0,
+    "real_run": 190.0,
+}
 """Seconds of each script when all run within TOTAL."""
 TOTAL = 520.0
 GRACE = 60.0
