@@ -50,6 +50,14 @@ def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         recorded("attention", ["--tune"], tmp_path, monkeypatch)
 
 
+def test_cross_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = recorded("cross_attention", [], tmp_path, monkeypatch)
+    assert {"bytes read patches", "patches read bytes, padded", "maximum"} <= {str(row["what"]) for row in rows}
+    assert all(row["ok"] for row in rows)
+    with pytest.raises(SystemExit):
+        recorded("cross_attention", ["--tune"], tmp_path, monkeypatch)
+
+
 def test_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLT_SAMPLE", str(tmp_path))  # holds no Parquet file: made up text
     rows = {str(row["stage"]): row for row in recorded("real_run", [], tmp_path, monkeypatch)}

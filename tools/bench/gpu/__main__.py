@@ -19,6 +19,7 @@ from collections.abc import Sequence
 SHARES = {
     "numerics": 60.0,
     "attention": 25.0,
+    "cross_attention": 20.0,
     "training_step": 170.0,
     "entropy_job": 60.0,
     "generation": 80.0,

@@ -25,7 +25,10 @@ KINDS = (
             "segment_offsets",
         ),
     ),
-    ("segments", ("segment_reduce", "scatter", "gather", "index", "_segment")),
+    (
+        "segments",
+        ("segment_reduce", "scatter", "gather", "index", "bytes_read", "patches_read", "_join", "_pool", "_spread"),
+    ),
     ("optimizer", ("adam", "multi_tensor", "foreach", "lpnorm")),
     ("copies", ("memcpy", "memset", "copy_kernel", "direct_copy")),
     ("fused elementwise", ("triton_",)),
