@@ -197,6 +197,7 @@ def test_whole_models(backend: str | None, seed: int) -> None:
     assert placed.encoder.hash_embedding is not None
     placed.encoder.hash_embedding.accumulates_in_place = True
     if backend is not None:
+        plain.compile(backend=backend)
         placed.compile(backend=backend)
     for index in range(2):
         batch, targets = packed(seed + index)

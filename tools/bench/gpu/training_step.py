@@ -13,6 +13,7 @@ the same device. The last line is JSON.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +41,10 @@ from blt_train.config import ActivationCheckpointing, OptimizerConfig
 from blt_train.errors import ConfigError
 from blt_train.model_flops import training_flops
 from blt_train.optim import make_optimizer
-from blt_train.parallel.accumulation import accumulate_in_place
+from blt_train.parallel.accumulation import accumulate_in_place, begin_accumulation
 from blt_train.parallel.compilation import compile_blocks
 from blt_train.parallel.float8 import use_float8
+from blt_train.parallel.gradients import clip_whole
 from blt_train.parallel.recomputation import recompute_blocks
 
 PATCH_LENGTH = 4.5
@@ -145,7 +147,8 @@ def make_model(case: Case, device: torch.device) -> tuple[BLT, BLTConfig]:
         compile_blocks(model)
     elif case.compiled == "model":
         model.compile(dynamic=False)
-    accumulate_in_place(model)
+    accumulate_in_place(model, maps=device.type == "cuda")
+    begin_accumulation(model)
     return model, config
 
 
@@ -198,8 +201,8 @@ def measure(case: Case, run: Settings, ceiling: float, peak: float | None) -> Ro
 
 
 def update(model: BLT, optimizer: torch.optim.Optimizer) -> None:
-    """Clip and update, gradients kept for the next repeat."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    """Clip and update, gradients kept for the next repeat and within their limit, as they are in most steps."""
+    clip_whole(model.parameters(), math.inf)
     optimizer.step()
 
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from blt_model.loss import cross_entropy_and_z_sum
 from blt_train.batches import MicroBatch
 from blt_train.checkpoint import Model
 from blt_train.config import TrainConfig
 from blt_train.optim import WeightAverage, learning_rate
-from blt_train.parallel.gradients import clip, square_sum
+from blt_train.parallel.accumulation import begin_accumulation
+from blt_train.parallel.gradients import clip, clip_whole, square_sum
 from blt_train.parallel.sharding import begin_micro_batch
 from blt_train.runtime import Runtime, autocast
 from blt_train.sequences import BatchFigures
@@ -112,9 +112,9 @@ class TrainStep:
         """Return loss and votes summed over ranks, and the global norm of the gradients, which are clipped to it."""
         largest = self.config.optimizer.gradient_clip
         if self.runtime.world_size == 1:
-            whole_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+            whole_norm = clip_whole(self.model.parameters(), largest)
             total, *sums = self.runtime.sum([nll.item(), *votes])
-            return total, float(whole_norm), sums
+            return total, whole_norm, sums
         squares = square_sum(self.model.parameters(), nll.device)
         # One exchange, and one wait for the GPU, for all that ranks must agree on.
         own = torch.cat([torch.stack([nll, squares]), nll.new_tensor(list(votes))])
@@ -138,6 +138,7 @@ class TrainStep:
         scale = 1 / figures.targets
         nll = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         waited = 0.0
+        begin_accumulation(self.model)
         for index in range(count):
             before = time.perf_counter()
             batch = next(batches)

@@ -45,11 +45,12 @@ def empty_model(
         if device.type == "cpu":
             check_cpp_compiler()
         compile_blocks(model)
+    is_half = config.precision is Precision.BFLOAT16 and device.type == "cuda"
     if mesh is not None:
-        is_half = config.precision is Precision.BFLOAT16 and device.type == "cuda"
         shard_model(model, mesh, config.parallel, compute_dtype=torch.bfloat16 if is_half else None)
-    accumulate_in_place(model)
     model.to_empty(device=device)
+    # FSDP makes and adds up the gradients of what it shards.
+    accumulate_in_place(model, maps=is_half and mesh is None and config.batch.micro_batches(1) > 1)
     return model, deviations
 
 

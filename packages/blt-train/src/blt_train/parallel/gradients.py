@@ -5,6 +5,7 @@ Norms travel as a sum of squares, one float64 per rank, so that they can share t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -36,6 +37,25 @@ def square_sum(parameters: Iterable[nn.Parameter], device: torch.device) -> Tens
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(parts)).double().square().sum()
+
+
+@torch.no_grad()
+def clip_whole(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Clip the gradients of a plain model; they are read once more and written only where they are too large.
+
+    Args:
+        parameters: of the model.
+        largest: what the global norm may be.
+
+    Returns:
+        The norm before. Gradients whose norm is not finite stay as they are.
+    """
+    having = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in having if parameter.grad is not None])
+    value = float(norm)
+    if math.isfinite(value) and value + _SMALLEST >= largest:
+        nn.utils.clip_grads_with_norm_(having, largest, norm)
+    return value
 
 
 @torch.no_grad()
