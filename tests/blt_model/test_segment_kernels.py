@@ -243,9 +243,9 @@ def small_work(rng: np.random.Generator) -> tuple[BLT, Callable[[], list[Tensor]
 
 def test_a_model_compiled_and_not(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     model, gradients = small_work(rng)
-    monkeypatch.setattr(segment_operators, "has_kernels", lambda tensor: False)
+    monkeypatch.setattr("blt_model.segments.takes_kernels", lambda tensor: False)
     wanted = gradients()
-    monkeypatch.setattr(segment_operators, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr("blt_model.segments.takes_kernels", lambda tensor: True)
     plain = gradients()
     for module in model.modules():
         if isinstance(module, (BytesReadPatches, PatchesReadBytes)):

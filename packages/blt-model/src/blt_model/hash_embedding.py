@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blt_model.config import HashEmbeddingConfig
 from blt_model.row_gradients import sum_rows
+from blt_model.triton_support import has_triton
 from blt_model.vocabulary import BYTE_OFFSET
 
 # Arithmetic constants of the released models: hash function f uses prime f.
@@ -31,6 +32,8 @@ PRIMES = (
     5463458053,
     3367900313,
 )
+LONGEST_UNROLLED = 32
+"""N-grams up to which a kernel, whose loops are unrolled, makes the rows."""
 
 
 def hash_rows(tokens: Tensor, positions: Tensor, config: HashEmbeddingConfig) -> Tensor:
@@ -44,8 +47,21 @@ def hash_rows(tokens: Tensor, positions: Tensor, config: HashEmbeddingConfig) ->
     Returns:
         int64 [T, M], tables in the order function by function, within it as in ngram_sizes.
     """
-    symbols = tokens - BYTE_OFFSET if config.raw_bytes else tokens
     longest = max(config.ngram_sizes)
+    # Compiled code is one pass anyway.
+    if has_triton(tokens) and longest <= LONGEST_UNROLLED and not torch.compiler.is_compiling():
+        from blt_model import step_kernels
+
+        return step_kernels.hash_rows(
+            tokens,
+            positions,
+            sizes=config.ngram_sizes,
+            primes=PRIMES[: config.num_functions],
+            table_size=config.table_size,
+            offset=BYTE_OFFSET if config.raw_bytes else 0,
+            newest_first=config.newest_first,
+        )
+    symbols = tokens - BYTE_OFFSET if config.raw_bytes else tokens
     # before[d] is the token d places earlier, 0 before the document's start.
     padded = F.pad(symbols, (longest - 1, 0))
     before = [

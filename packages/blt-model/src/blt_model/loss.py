@@ -1,7 +1,8 @@
 """The summed negative log-likelihood of a batch, shared by training and evaluation.
 
 Log-softmax needs float32, and a float32 copy of all logits would be the largest tensor of a small model. So the rows
-are worked through in chunks, and the gradient, which has the logits' dtype, is made in the forward pass.
+are worked through in chunks, on CUDA by one kernel a few at a time, and the gradient, which has the logits' dtype, is
+made in the forward pass.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
 from blt_model.packed import IGNORED_TARGET
+from blt_model.triton_support import takes_kernels
 
 CHUNK_TOKENS = 8192
+WIDEST = 4096
+"""Logits of a token up to which a kernel takes them."""
+
+
+def _kept(ctx: Any, gradient: Tensor | None, total: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """The results, when the gradient is kept for the backward pass."""
+    ctx.save_for_backward(gradient)
+    ctx.mark_non_differentiable(total)
+    return total + penalty, total
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -22,6 +33,13 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        if takes_kernels(logits) and logits.shape[1] <= WIDEST and not torch.compiler.is_compiling():
+            from blt_model import step_kernels
+
+            losses, penalties, gradient = step_kernels.cross_entropy(
+                logits, targets, z_loss, IGNORED_TARGET, with_gradient=ctx.needs_input_grad[0]
+            )
+            return _kept(ctx, gradient, losses.sum(), penalties.sum())
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
         penalty = torch.zeros_like(total)
@@ -43,9 +61,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     part *= 1 + 2 * z_loss * normaliser
                 part.scatter_add_(1, chunk_targets.clamp(min=0)[:, None], -kept.to(wide))
                 gradient[rows] = part * kept
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(total)
-        return total + penalty, total
+        return _kept(ctx, gradient, total, penalty)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -10,20 +10,11 @@ Legend: T positions (bytes), P segments (patches), K vectors of a patch, H heads
 from __future__ import annotations
 
 import functools
-import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def has_kernels(tensor: Tensor) -> bool:
-    """Whether the operations here take a tensor: on CUDA, at most float32, and triton is installed."""
-    return tensor.device.type == "cuda" and tensor.dtype in _DTYPES and _HAS_TRITON
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from torch import Tensor
 from blt_model import segment_operators
 from blt_model.fused import in_pieces, pieces
 from blt_model.packed import segment_of
+from blt_model.triton_support import takes_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def segment_max(values: Tensor, segments: Segments) -> Tensor:
     Returns:
         [P, ...], 0 for empty runs. The gradient is shared equally among positions that tie.
     """
-    if segment_operators.has_kernels(values):
+    if takes_kernels(values):
         result: Tensor = segment_operators.maximum(values, segments.ids, segments.offsets)
         return result
     return segment_max_by_steps(values, segments)
@@ -160,7 +161,7 @@ def segment_mean(values: Tensor, segments: Segments) -> Tensor:
     Returns:
         [P, dim], 0 for empty runs.
     """
-    if segment_operators.has_kernels(values):
+    if takes_kernels(values):
         result: Tensor = segment_operators.mean(values, segments.ids, segments.offsets)
         return result
     return segment_mean_by_steps(values, segments)
@@ -247,7 +248,7 @@ def patches_read_bytes(query: Tensor, key_value: Tensor, segments: Segments) -> 
     Returns:
         [P, K, H, E]; 0 for empty patches.
     """
-    if segment_operators.has_kernels(query):
+    if takes_kernels(query):
         result: Tensor = segment_operators.patches_read(query, key_value, segments.ids, segments.offsets)[0]
         return result
     return patches_read_bytes_by_steps(query, key_value, segments)
@@ -270,7 +271,7 @@ def bytes_read_patches(query: Tensor, key_value: Tensor, segments: Segments) -> 
     Returns:
         [T, H, E].
     """
-    if segment_operators.has_kernels(query):
+    if takes_kernels(query):
         result: Tensor = segment_operators.bytes_read(query, key_value, segments.ids, segments.offsets)
         return result
     return bytes_read_patches_by_steps(query, key_value, segments)
