@@ -105,8 +105,8 @@ class MemoryModel:
         held = self.activations(self._config.parallel.activation_checkpointing, batch)
         is_later = batch.micro_batches > 1
         kept = self._kept_gradients() if is_later else 0
+        # One table's gradient all the time: later micro batches add to it in place.
         table_gradient = gradients["table"] if is_later else 0
-        # Before a table's gradient is added to that of the micro batches before, it is there by itself.
         return {
             "forward": {
                 **state,
@@ -118,7 +118,7 @@ class MemoryModel:
             },
             "backward": {
                 **state,
-                "hash tables": state["hash tables"] + gradients["table"] + table_gradient,
+                "hash tables": state["hash tables"] + gradients["table"],
                 "gradients": max(kept, gradients["others"]),
                 **self._cast_weights(),
                 "work space": self._table_workspace(batch),
