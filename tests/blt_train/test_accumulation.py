@@ -85,7 +85,7 @@ def test_gradients_in_half_precision_are_rounded_less() -> None:
     assert layer.weight.grad is not None
     assert other.weight.grad is not None
     errors = [float((found.double() - exact).norm() / exact.norm()) for found in (layer.weight.grad, other.weight.grad)]
-    assert errors[1] < 1e-6 < errors[0] < 1e-2
+    assert errors[1] < 1e-5 < errors[0] < 1e-2
     assert distance(gradients(placed, half=True), gradients(plain, half=True)) < 1e-2
 
 

@@ -3,8 +3,9 @@
     python -m tools.bench.gpu.numerics
 
 Fresh random ragged packs every run (the seed is printed): self-attention by every backend, the two cross-attentions,
-hash embeddings, loss and gradients of a whole small BLT, and cached generation in bfloat16 against recomputation. The
-error is |ours - reference| / |reference| over all entries; it must stay below 1e-2 in bfloat16 and 1e-4 in float32.
+hash embeddings, gradients that are added up in place, loss and gradients of a whole small BLT, and cached generation in
+bfloat16 against recomputation. The error is |ours - reference| / |reference| over all entries; it must stay below 1e-2 in
+bfloat16 and 1e-4 in float32.
 Generation may leave the recomputed text only where the two likeliest bytes are within rounding of each other; such
 near-ties are counted. Exits with 1 if anything is beyond. The last line is JSON.
 """
@@ -29,8 +30,11 @@ from blt_model.errors import ModelError
 from blt_model.generation.reference import generate_uncached
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.loss import cross_entropy_sum
+from blt_model.row_gradients import add_rows
 from blt_model.segments import Segments, bytes_read_patches, patches_read_bytes, segment_max
+from blt_model.weightless import Linear
 from blt_patcher import EntropyScheme, IncrementalPatcher
+from blt_train.parallel.accumulation import accumulate_in_place, begin_accumulation
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-10}
 GRADIENT_LIMITS = {torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-10}
@@ -222,6 +226,39 @@ def _row(tokens: Sequence[int], place: int, n: int, table: int, size: int) -> in
     return wrapped % size + table * size
 
 
+def accumulation_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
+    """Gradients that are added up in place: of rows, some of them in all tokens, and of linear maps."""
+    tokens, width, count = (60, 40, 30) if run.tiny else (8192, 1024, 60_000)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    rows = torch.distributions.Exponential(20.0).sample((tokens, 6)).mul_(count).long().clamp_(max=count - 1)
+    rows[:, 0] = 1
+    values = torch.randn(tokens, width, generator=generator)
+    total = torch.randn(count, width, generator=generator)
+    wanted = total.double()
+    for column in range(rows.shape[1]):
+        wanted.index_add_(0, rows[:, column], values.double())
+    found = [total.clone().to(run.device) for _ in range(2)]
+    for sums in found:
+        add_rows(sums, rows.to(run.device), values.to(run.device))
+    row = _judged("rows added in place", torch.float32, error(found[0], wanted), None, LIMITS[torch.float32])
+    yield {**row, "ok": row["ok"] and torch.equal(*found)}
+    layer = Linear(width, 3 * width).to(run.device)
+    accumulate_in_place(layer, maps=True)
+    begin_accumulation(layer)
+    exact = torch.zeros(3 * width, width, dtype=torch.float64, device=run.device)
+    for _ in range(3):
+        x = torch.randn(tokens, width, device=run.device).bfloat16().requires_grad_()
+        upstream = torch.randn(tokens, 3 * width, device=run.device).bfloat16()
+        exact += upstream.double().T @ x.detach().double()
+        with torch.autocast(run.device.type, torch.bfloat16):
+            layer(x).backward(upstream)
+    if layer.weight.grad is None:
+        raise RuntimeError("the map has no gradient")
+    # Of half precision's inputs, but summed in single precision.
+    limit = LIMITS[torch.float32]
+    yield _judged("gradient of a map, added up", torch.bfloat16, error(layer.weight.grad, exact), None, limit)
+
+
 def small_models(run: Settings) -> tuple[BLT, ByteLM]:
     """A BLT and an entropy model in float32, small but of the real shapes' kinds."""
     local = {"dim": 256, "num_heads": 4, "window": 128}
@@ -311,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = {
         "segments": segment_rows,
         "hashes": hash_rows_of,
+        "accumulation": accumulation_rows,
         "model": model_rows,
         "generation": generation_rows,
         "attention": attention_rows,
