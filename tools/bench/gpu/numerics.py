@@ -4,8 +4,8 @@
 
 Fresh random ragged packs every run (the seed is printed): self-attention by every backend, the two cross-attentions,
 hash embeddings, gradients that are added up in place, loss and gradients of a whole small BLT, and cached generation in
-bfloat16 against recomputation. The error is |ours - reference| / |reference| over all entries; it must stay below 1e-2 in
-bfloat16 and 1e-4 in float32.
+bfloat16 against recomputation. The error is |ours - reference| / |reference| over all entries; it must stay below 1e-2
+in bfloat16 and 1e-4 in float32.
 Generation may leave the recomputed text only where the two likeliest bytes are within rounding of each other; such
 near-ties are counted. Exits with 1 if anything is beyond. The last line is JSON.
 """
