@@ -59,6 +59,32 @@ def test_in_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.skipif(in_interpreter(), reason="Triton interprets")
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_compiles_for_hopper(is_weighted: bool) -> None:
+    """The interpreter takes programs that the compiler refuses; the compiler needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from blt_model import row_kernels
+
+    integers = {"keys": "*i64", "order": "*i64", "starts": "*i32", "ends": "*i32"}
+    values = {
+        "ROWS": 6,
+        "DIM": 1024,
+        "WEIGHTED": is_weighted,
+        "SUM": triton.language.float32,
+        "BLOCK": 1024,
+        "CHUNK": 32,
+    }
+    for kernel in (row_kernels._add_chunks, row_kernels._add_long_runs):
+        types = {name: "constexpr" if name in values else integers.get(name, "*fp32") for name in kernel.arg_names}
+        fixed = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+        source = ASTSource(fn=kernel, signature=types, constexprs=fixed)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+
 def expected(total: Tensor, rows: Tensor, values: Tensor, weights: Tensor | None) -> Tensor:
     """The sums in float64."""
     result = total.double().clone()

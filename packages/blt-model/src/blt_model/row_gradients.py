@@ -11,7 +11,6 @@ Legend: T tokens, M rows of each token.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from blt_model.triton_support import has_triton
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def add_rows(total: Tensor, rows: Tensor, values: Tensor, weights: Tensor | None
         values: [T, dim] of total's dtype.
         weights: [T, M] of total's dtype; None where all are 1.
     """
-    if total.device.type == "cuda" and _HAS_TRITON:
+    if has_triton(total):
         from blt_model import row_kernels
 
         row_kernels.add_rows(total, rows, values, weights)
