@@ -52,6 +52,54 @@ def test_in_the_interpreter() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.skipif(in_interpreter(), reason="Triton interprets")
+@pytest.mark.parametrize(("dim", "heads", "vectors"), [(1024, 16, 2), (1024, 16, 3), (1280, 20, 4)])
+def test_compiles_for_hopper(dim: int, heads: int, vectors: int) -> None:
+    """Without a GPU; and what the patch left is loaded before the wait, as far as the registers hold it."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from blt_model.generation import folding_kernels as module
+
+    head_room, vector_room = (triton.next_power_of_2(count) for count in (heads, vectors))
+    shape = module.reading_shape(dim, dim // 2, head_room * vector_room)
+    values = {
+        "kind": triton.language.bfloat16,
+        "DIM": dim,
+        "WORDS": dim // 2,
+        "HEADS": heads,
+        "HEAD_ROOM": head_room,
+        "VECTORS": vectors,
+        "VECTOR_ROOM": vector_room,
+        "WIDTH": dim // heads,
+        "BLOCK": shape.block,
+        "CHUNK": shape.chunk,
+        "AHEAD": shape.ahead,
+        "ALIGNED": 16,
+        "DEPENDENT": True,
+    }
+    words = {"x_words": "*i32", "score_words": "*i32", "residual": "fp32", "eps": "fp32", "scale": "fp32"}
+    others = {**words, "count": "i32", "room": "i32", "rows": "*i64"}
+    before = {}
+    for kernel, block in ((module._read_folded, shape.block), (module._fold_queries, 128), (module._fold_outputs, 8)):
+        given = {**values, "BLOCK": block}
+        names = kernel.arg_names
+        offsets = {name: "*i64" for name in names if name.endswith("_offsets")}
+        types = {name: "constexpr" if name in given else {**others, **offsets}.get(name, "*bf16") for name in names}
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name].startswith("*")}
+        fixed = {(at,): given[name] for at, name in enumerate(names) if name in given}
+        source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=aligned)
+        options = {"num_warps": shape.warps if kernel is module._read_folded else 4, "launch_pdl": True}
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        before[kernel.__name__] = ptx.partition("griddepcontrol.wait")[0]
+    held = head_room * vector_room * shape.chunk * shape.ahead // (32 * shape.warps)
+    assert before["_read_folded"].count("ld.global.v4.b32") >= held // 4
+    assert held <= 64
+    assert "ld.global.v4" in before["_fold_queries"]
+    assert "ld.global.v4" in before["_fold_outputs"]
+
+
 def cross_steps(count: int, dim: int, dtype: torch.dtype, **config: Any) -> list[CrossStep]:
     """Cross-attentions whose every weight matters."""
     layers = []

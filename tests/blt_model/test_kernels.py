@@ -72,22 +72,24 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_linear(kernels: ModuleType, rows: int, dtype: torch.dtype, seed: int) -> None:
+    from blt_model.generation import linear_kernels
+
     torch.manual_seed(seed)
     x, weight, scale = random(rows, 96, dtype=dtype), random(80, 96, dtype=dtype), random(96, dtype=dtype)
     residual = random(rows, 40, dtype=dtype)
     limit = TOLERANCE[dtype]
     normed = F.rms_norm(x.double(), (96,), scale.double(), 1e-5)
     gate, value = (normed @ weight.double().T).chunk(2, dim=-1)
-    assert error(kernels.linear(x, weight, norm=scale, eps=1e-5, gated=True), F.silu(gate) * value) < limit
+    assert error(linear_kernels.linear(x, weight, norm=scale, eps=1e-5, gated=True), F.silu(gate) * value) < limit
     half = weight[:40].contiguous()
     wanted = x.double() @ half.double().T + 2 * residual
-    assert error(kernels.linear(x, half, residual=residual, residual_scale=2.0), wanted) < limit
+    assert error(linear_kernels.linear(x, half, residual=residual, residual_scale=2.0), wanted) < limit
     wanted = F.silu(gate) * value + 2 * residual
-    found = kernels.linear(x, weight, norm=scale, eps=1e-5, gated=True, residual=residual, residual_scale=2.0)
+    found = linear_kernels.linear(x, weight, norm=scale, eps=1e-5, gated=True, residual=residual, residual_scale=2.0)
     assert error(found, wanted) < limit
-    wide = kernels.linear(x, half, residual=residual, dtype=torch.float32)
+    wide = linear_kernels.linear(x, half, residual=residual, dtype=torch.float32)
     assert error(wide, x.double() @ half.double().T + residual) < limit
-    wide = kernels.linear(x, half, norm=scale, eps=1e-5, dtype=torch.float32)
+    wide = linear_kernels.linear(x, half, norm=scale, eps=1e-5, dtype=torch.float32)
     assert wide.dtype == torch.float32
     assert error(wide, normed @ half.double().T) < limit
 

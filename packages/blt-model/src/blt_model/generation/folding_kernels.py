@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blt_model.generation.kernels import dependence, inner_block
+from blt_model.generation.kernels import KINDS, dependence, inner_block, numbers
 
 
 @triton.jit
@@ -206,21 +206,6 @@ def fold(
 
 
 @triton.jit
-def _numbers(words, kind: tl.constexpr):
-    """The two numbers of 16 bits that each word of 32 holds, or the one of 32 and nought, as float32."""
-    if kind == tl.float32:
-        first = words.to(tl.float32, bitcast=True)
-        second = first * 0.0
-    elif kind == tl.bfloat16:
-        first = (words << 16).to(tl.float32, bitcast=True)
-        second = (words & -65536).to(tl.float32, bitcast=True)
-    else:
-        first = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        second = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return first, second
-
-
-@triton.jit
 def _read_folded(
     x,
     x_words,
@@ -255,8 +240,7 @@ def _read_folded(
         pair = head * VECTORS + vector
     chunk, column = tl.arange(0, AHEAD), tl.arange(0, CHUNK)
     inner = chunk[:, None] * CHUNK + column[None, :]
-    # What a patch left was written before this step began: it is under way before the wait. As words of 32 bits,
-    # because numbers of 16 are taken apart as soon as they are loaded, and the wait would come after that. With the
+    # What a patch left was written before this step began: it is under way before the wait. With the
     # chunks first, a slot's sum stays within a warp.
     base = score_words + (n * pairs + pair) * WORDS
     tile = tl.load(base[None, :, None] + inner[:, None, :], mask=inside[None, :, None], other=0)
@@ -266,16 +250,16 @@ def _read_folded(
         tl.extra.cuda.gdc_wait()
     old = tl.load(x + outputs).to(tl.float32)
     words = tl.load(x_words + n * WORDS + inner)
-    state, next_state = _numbers(words, kind)
+    state, next_state = numbers(words, kind)
     square = tl.sum(state * state + next_state * next_state)
-    state, next_state = _numbers(words[:, None, :], kind)
-    score, next_score = _numbers(tile, kind)
+    state, next_state = numbers(words[:, None, :], kind)
+    score, next_score = numbers(tile, kind)
     scores = tl.sum(tl.sum(score * state + next_score * next_state, 0), 1)
     for start in tl.static_range(AHEAD * CHUNK, WORDS, CHUNK):
-        state, next_state = _numbers(tl.load(x_words + n * WORDS + start + column), kind)
+        state, next_state = numbers(tl.load(x_words + n * WORDS + start + column), kind)
         square += tl.sum(state * state + next_state * next_state)
         tile = tl.load(base[:, None] + (start + column)[None, :], mask=inside[:, None], other=0)
-        score, next_score = _numbers(tile, kind)
+        score, next_score = numbers(tile, kind)
         scores += tl.sum(score * state[None, :] + next_score * next_state[None, :], 1)
     scores *= 1.0 / tl.sqrt(square / DIM + eps)
     if VECTORS != VECTOR_ROOM:
@@ -309,9 +293,6 @@ def reading_shape(dim: int, words: int, slots: int) -> ReadingShape:
     warps = 8 if slots * words <= 16_384 else 16
     most = max(1, min(words, warps * 2048 // slots) // chunk)
     return ReadingShape(block=min(64, inner_block(dim)), chunk=chunk, ahead=1 << (most.bit_length() - 1), warps=warps)
-
-
-_KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def read_folded(
@@ -356,7 +337,7 @@ def read_folded(
         out,
         residual,
         eps,
-        kind=_KINDS[x.dtype],
+        kind=KINDS[x.dtype],
         DIM=dim,
         WORDS=words,
         HEADS=heads,

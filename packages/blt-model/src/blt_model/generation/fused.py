@@ -1,7 +1,7 @@
 """The steps of `steps` by few, fused kernels, for graphs on CUDA where a step's weights are in half precision.
 
-What is fused, and why it pays, is in `kernels`. The arithmetic differs from torch's by rounding only: it keeps float32
-between the fused operations where torch rounds.
+What is fused, and why it pays, is in `kernels` and `linear_kernels`. The arithmetic differs from torch's by rounding
+only: it keeps float32 between the fused operations where torch rounds.
 
 Legend: n rows, K vectors of a patch, L decoder layers with cross-attention.
 """
@@ -35,6 +35,14 @@ def _kernels() -> ModuleType:
     from blt_model.generation import kernels
 
     return kernels
+
+
+@functools.cache
+def _linear_kernels() -> ModuleType:
+    """The kernels of linear maps; loading them loads triton."""
+    from blt_model.generation import linear_kernels
+
+    return linear_kernels
 
 
 @functools.cache
@@ -91,16 +99,16 @@ class FusedBlock:
         parts, stats = _kernels().attend(
             heads, cache.keys[layer], cache.values[layer], cache.rotary.table, step.positions, step.rows
         )
-        x = _kernels().linear(parts, block.output, stats=stats, residual=x)
+        x = _linear_kernels().linear(parts, block.output, stats=stats, residual=x)
         norm = block.feed_forward_norm
-        hidden = _kernels().linear(x, block.gate_value, norm=norm.weight, eps=norm.eps, gated=True)
-        result: Tensor = _kernels().linear(hidden, block.feed_forward_output, residual=x)
+        hidden = _linear_kernels().linear(x, block.gate_value, norm=norm.weight, eps=norm.eps, gated=True)
+        result: Tensor = _linear_kernels().linear(hidden, block.feed_forward_output, residual=x)
         return result
 
 
 def normed_linear(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A linear map [n, N] of normalised rows [n, K], in a dtype of its own if one is given."""
-    result: Tensor = _kernels().linear(x, weight, norm=norm.weight, eps=norm.eps, dtype=dtype)
+    result: Tensor = _linear_kernels().linear(x, weight, norm=norm.weight, eps=norm.eps, dtype=dtype)
     return result
 
 
@@ -114,7 +122,7 @@ def read_patches(cross: CrossStep, x: Tensor, keys: Tensor, values: Tensor) -> T
     """Let the bytes [n, dim] of the first n rows read keys and values [B, H, K, E]; see `CrossStep`."""
     query = normed_linear(x, cross.query_norm, cross.query)
     mixed = _kernels().read_patches(query, keys, values)
-    result: Tensor = _kernels().linear(mixed, cross.output, residual=x, residual_scale=float(cross.residual))
+    result: Tensor = _linear_kernels().linear(mixed, cross.output, residual=x, residual_scale=float(cross.residual))
     return result
 
 

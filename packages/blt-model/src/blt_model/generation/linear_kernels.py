@@ -1,0 +1,384 @@
+"""A linear map of one row of few, by a Triton kernel that has its weights under way before it may read the row.
+
+With what comes before it (normalisation, or the joining of attention's parts) and after it (residual, SwiGLU) it is one
+launch. More rows than one go through torch's matrix products, with kernels for what is around them.
+
+A chain of such maps costs what reading the weights costs only if reading never stops. So a kernel lets the next one
+begin at once, and every program begins with all its loads that depend on nothing: as soon as the first programs end,
+the next kernel's are loading.
+
+As in `kernels`, sums are taken in float32 and in a fixed order, and the module needs triton.
+
+Legend: n rows, N outputs, K inputs, H heads, E head width, S parts of a head's attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blt_model.generation.kernels import KINDS, dependence, numbers
+
+NO_FETCH, FETCH_OWN, FETCH_FOLLOWING = 0, 1, 2
+MOST_REGISTERS = 128
+"""Of a thread, so that four programs of four warps are resident at once."""
+
+
+@triton.jit
+def _fetch(words, count):
+    """Have words brought to the level 2 cache, a multiple of four of them from an address that 16 divides."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [words.to(tl.int64), count * 4],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _words(pointers, mask, EXACT: tl.constexpr):
+    """What lies there, or nought where it is masked; masks cost time where nothing is."""
+    if EXACT:  # noqa: SIM108  # triton compiles only the branch that is taken
+        words = tl.load(pointers)
+    else:
+        words = tl.load(pointers, mask=mask, other=0)
+    return words
+
+
+@triton.jit
+def _joined(partial, stats, row, SPLITS: tl.constexpr, HEADS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr):
+    """Attention's output [ROOM * WIDTH] of a row from the parts of each head, with nought beyond the last head."""
+    head, e = tl.arange(0, ROOM), tl.arange(0, WIDTH)
+    inside = head < HEADS
+    first = row * SPLITS * HEADS
+    best = tl.load(stats + (first + head) * 2, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        best = tl.maximum(best, tl.load(stats + (first + split * HEADS + head) * 2, mask=inside, other=0.0))
+    total = tl.zeros([ROOM, WIDTH], dtype=tl.float32)
+    mass = tl.zeros([ROOM], dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = first + split * HEADS + head
+        share = tl.exp(tl.load(stats + at * 2, mask=inside, other=0.0) - best)
+        mass += share * tl.load(stats + at * 2 + 1, mask=inside, other=1.0)
+        part = tl.load(partial + at[:, None] * WIDTH + e[None, :], mask=inside[:, None], other=0.0)
+        total += share[:, None] * part
+    return tl.reshape(total / mass[:, None], [ROOM * WIDTH])
+
+
+@triton.jit
+def _linear_one(
+    x,
+    stats,
+    weight,
+    norm,
+    residual,
+    out,
+    following,
+    outputs,
+    eps,
+    residual_scale,
+    following_words,
+    kind: tl.constexpr,
+    WORDS: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROOM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EACH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
+    EXACT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One row: every program sums products for EACH * GROUPS outputs; weights, scales and a plain x are words.
+
+    The words of a chunk lie along a warp, or several, and the groups' outputs in different warps: so what a warp reads
+    of x serves all its outputs, and sums stay within it.
+    """
+    # The kernel after this one has weights to load too, and the one after that.
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    rows: tl.constexpr = EACH * GROUPS
+    chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
+    begun: tl.constexpr = chunks if chunks < AHEAD else AHEAD
+    held: tl.constexpr = 1 if kind == tl.float32 else 2
+    start = tl.program_id(0) * rows
+    row = tl.arange(0, EACH)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    kept = (start + row < outputs)[:, :, None]
+    k = tl.arange(0, CHUNK)
+    gates = weight + start.to(tl.int64) * WORDS
+    values = gates + outputs.to(tl.int64) * WORDS
+    at = row[:, :, None] * WORDS + k[None, None, :]
+    # Weights depend on no other kernel: the first of them are under way before the wait.
+    tiles = tl.tuple(())
+    value_tiles = tl.tuple(())
+    for chunk in tl.static_range(begun):
+        mask = kept & (chunk * CHUNK + k < WORDS)[None, None, :]
+        tiles = tiles + (_words(gates + at + chunk * CHUNK, mask, EXACT),)  # noqa: RUF005
+        if GATED:
+            value_tiles = value_tiles + (_words(values + at + chunk * CHUNK, mask, EXACT),)  # noqa: RUF005
+    if DEPENDENT:
+        if FETCH == 1:
+            left = tl.minimum(outputs - start, rows) * WORDS
+            _fetch(gates, left)
+            if GATED:
+                _fetch(values, left)
+        if FETCH == 2:
+            share = tl.cdiv(tl.cdiv(following_words, tl.num_programs(0)), 4) * 4
+            left = tl.minimum(following_words - tl.program_id(0) * share, share)
+            if left > 0:
+                _fetch(following + tl.program_id(0).to(tl.int64) * share, left)
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
+    gate_sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
+    # Each group reads x for itself.
+    mine = tl.zeros([GROUPS], dtype=tl.int32)[:, None] + k[None, :]
+    squares = tl.zeros([GROUPS, CHUNK], dtype=tl.float32)
+    for chunk in tl.static_range(chunks):
+        inside = (chunk * CHUNK + mine) < WORDS
+        if SPLITS > 0:
+            whole = _joined(x, stats, 0, SPLITS, HEADS, ROOM, WIDTH)
+            if held == 2:
+                low, high = tl.split(tl.reshape(whole, [CHUNK, 2]))
+            else:
+                low, high = whole, whole * 0.0
+            low, high = low[None, :], high[None, :]
+        else:
+            low, high = numbers(_words(x + chunk * CHUNK + mine, inside, EXACT), kind)
+        if NORM:
+            squares += low * low + high * high
+            low_scale, high_scale = numbers(_words(norm + chunk * CHUNK + mine, inside, EXACT), kind)
+            low, high = low * low_scale, high * high_scale
+        if chunk + AHEAD < chunks:
+            mask = kept & ((chunk + AHEAD) * CHUNK + k < WORDS)[None, None, :]
+            tiles = tiles + (_words(gates + at + (chunk + AHEAD) * CHUNK, mask, EXACT),)  # noqa: RUF005
+            if GATED:
+                value_tiles = value_tiles + (_words(values + at + (chunk + AHEAD) * CHUNK, mask, EXACT),)  # noqa: RUF005
+        first, second = numbers(tiles[chunk], kind)
+        if GATED:
+            gate_sums += first * low[None, :, :]
+            gate_sums += second * high[None, :, :]
+            first, second = numbers(value_tiles[chunk], kind)
+        # One after the other, so that each is one instruction.
+        sums += first * low[None, :, :]
+        sums += second * high[None, :, :]
+    result = tl.sum(sums, 2)
+    gate_sum = tl.sum(gate_sums, 2)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, 1) / (WORDS * held) + eps)
+        result *= scale[None, :]
+        gate_sum *= scale[None, :]
+    if GATED:
+        result *= gate_sum / (1.0 + tl.exp(-gate_sum))
+    n = start + row
+    if RESIDUAL:
+        result += residual_scale * tl.load(residual + n, mask=n < outputs, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < outputs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearShape:
+    """How the kernel for one row cuts a map."""
+
+    rows: int
+    """Outputs of a program, a power of two; of each half where the map is gated."""
+    chunk: int
+    """Words of 32 bits of each output's weights that are loaded at once, a power of two, 128 or more."""
+    warps: int
+    ahead: int
+    """Chunks under way at once, so many before the wait."""
+    fetch: int = NO_FETCH
+    """What is brought to the level 2 cache before the wait: the program's own weights, or the map's after this one."""
+
+    @property
+    def groups(self) -> int:
+        """Outputs side by side in different warps."""
+        return max(1, min(self.rows, self.warps * 128 // self.chunk))
+
+
+@functools.cache
+def linear_shape(outputs: int, words: int, *, gated: bool, joined: bool) -> LinearShape:
+    """The launch shape for a map of one row.
+
+    All weights of a program are under way before the wait, in at most 96 registers of a thread, and 128 at most are
+    taken in all: so four programs are resident at once, and what they wait for is up to 180 KB a multiprocessor. The
+    more programs there are, the sooner the first are replaced by others, of this map or of the next; but 256 keep all
+    multiprocessors busy, and a larger one reads x for more outputs. Chunks are of one warp's width, so that no sum
+    crosses warps.
+
+    Args:
+        outputs: N; of each half where the map is gated.
+        words: of 32 bits, of an output's weights.
+        gated: whether the map has a second half.
+        joined: whether attention's parts are joined before, which is done once in a program: all words in one chunk.
+    """
+    if joined:
+        rows = 8 if outputs >= 8 * 256 else 4
+        return LinearShape(rows=rows, chunk=triton.next_power_of_2(words), warps=4, ahead=1)
+    chunks, each = triton.cdiv(words, 128), 8 if gated else 4
+    rows = 8 if outputs >= 8 * 256 and 2 * each * chunks <= 64 else 4
+    return LinearShape(rows=rows, chunk=128, warps=4, ahead=min(chunks, 96 // (each * rows // 4)))
+
+
+def _linear_rows(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, residual_scale: float) -> Tensor:
+    """What `linear` does after the normalisation, by torch's matrix products."""
+    if residual is not None and not gated:
+        return torch.addmm(residual.to(x.dtype), x, weight.T, beta=residual_scale)
+    result = F.linear(x, weight)
+    if gated:
+        result = swiglu(result)
+    return result if residual is None else torch.add(result, residual, alpha=residual_scale)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    stats: Tensor | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    following: Tensor | None = None,
+    shape: LinearShape | None = None,
+) -> Tensor:
+    """A linear map of few rows: a kernel of its own for one row, torch's matrix products for more.
+
+    Args:
+        x: [n, K] contiguous, of the weight's dtype; or, where there are stats, attention's parts, float32 [n, S, H, E].
+        weight: [N, K] contiguous; [2 * N, K], gates first, where it is gated.
+        norm: [K] scales of a root mean square normalisation that comes before, of the weight's dtype; None for none.
+        eps: of the normalisation.
+        stats: float32 [n, S, H, 2] what `attend` gives.
+        gated: give silu(gate) * value.
+        residual: [n, N] to add to the result; None for none.
+        residual_scale: times which it is added.
+        dtype: of the result; None for the weight's.
+        following: contiguous weights of the map after this one, for shapes that fetch them; None for none.
+        shape: of the kernel for one row; None for what `linear_shape` says.
+
+    Returns:
+        [n, N].
+    """
+    if len(x) > 1:
+        if stats is not None:
+            x = join(x, stats, weight.dtype)
+        if norm is not None:
+            x = F.rms_norm(x, norm.shape, norm, eps)
+        kind = dtype or weight.dtype
+        return _linear_rows(x.to(kind), weight.to(kind), gated, residual, residual_scale)
+    outputs, words = weight.shape[0] // (2 if gated else 1), weight.shape[1] * weight.element_size() // 4
+    out = x.new_empty((1, outputs), dtype=dtype or weight.dtype)
+    splits, heads, width = (0, 1, 1) if stats is None else (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
+    if shape is None:
+        shape = linear_shape(outputs, words, gated=gated, joined=stats is not None)
+    fetch = NO_FETCH if shape.fetch == FETCH_FOLLOWING and following is None else shape.fetch
+    fetched = following if fetch == FETCH_FOLLOWING and following is not None else weight
+    # Pointers that are not read still have to be some.
+    _linear_one[(triton.cdiv(outputs, shape.rows),)](
+        x if stats is not None else x.view(torch.int32),
+        x if stats is None else stats,
+        weight.view(torch.int32),
+        weight.view(torch.int32) if norm is None else norm.view(torch.int32),
+        x if residual is None else residual,
+        out,
+        fetched.view(torch.int32),
+        outputs,
+        eps,
+        residual_scale,
+        fetched.numel() * fetched.element_size() // 4,
+        kind=KINDS[weight.dtype],
+        WORDS=words,
+        NORM=norm is not None,
+        GATED=gated,
+        RESIDUAL=residual is not None,
+        SPLITS=splits,
+        HEADS=heads,
+        ROOM=triton.next_power_of_2(heads),
+        WIDTH=width,
+        EACH=shape.rows // shape.groups,
+        GROUPS=shape.groups,
+        CHUNK=shape.chunk,
+        AHEAD=shape.ahead,
+        FETCH=fetch,
+        EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
+        **dependence(),
+        num_warps=shape.warps,
+        maxnreg=MOST_REGISTERS,
+    )
+    return out
+
+
+@triton.jit
+def _swiglu(gate_value, out, hidden, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """A part of one row."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    gate = tl.load(gate_value + n * 2 * hidden + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(gate_value + (n * 2 + 1) * hidden + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n * hidden + column, (value * gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate_value: Tensor) -> Tensor:
+    """silu(gate) * value [n, hidden] of [n, 2 * hidden], gates first."""
+    rows, hidden = len(gate_value), gate_value.shape[1] // 2
+    out = gate_value.new_empty((rows, hidden))
+    grid = (rows, triton.cdiv(hidden, 1024))
+    _swiglu[grid](gate_value, out, hidden, BLOCK=1024, **dependence(), num_warps=4)
+    return out
+
+
+@triton.jit
+def _join(
+    partial,
+    stats,
+    out,
+    SPLITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROOM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One row."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n = tl.program_id(0)
+    k = tl.arange(0, ROOM * WIDTH)
+    result = _joined(partial, stats, n, SPLITS, HEADS, ROOM, WIDTH)
+    tl.store(out + n * HEADS * WIDTH + k, result.to(out.dtype.element_ty), mask=k < HEADS * WIDTH)
+
+
+def join(partial: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention's output [n, H * E] from what `attend` gives."""
+    rows, splits, heads, width = partial.shape
+    out = partial.new_empty((rows, heads * width), dtype=dtype)
+    room = triton.next_power_of_2(heads)
+    _join[(rows,)](partial, stats, out, SPLITS=splits, HEADS=heads, ROOM=room, WIDTH=width, **dependence(), num_warps=4)
+    return out
