@@ -54,7 +54,7 @@ def test_compiles_for_hopper(sizes: tuple[int, int, bool], fetch: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from blt_model.generation.linear_kernels import MOST_REGISTERS, _linear_one, linear_shape
+    from blt_model.generation.linear_kernels import _linear_one, linear_shape
 
     outputs, inputs, gated = sizes
     shape = linear_shape(outputs, inputs // 2, gated=gated, joined=False)
@@ -83,7 +83,7 @@ def test_compiles_for_hopper(sizes: tuple[int, int, bool], fetch: int) -> None:
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if types[name].startswith("*")}
     fixed = {(names.index(name),): value for name, value in values.items()}
     source = ASTSource(fn=_linear_one, signature=types, constexprs=fixed, attrs=aligned)
-    options = {"num_warps": shape.warps, "maxnreg": MOST_REGISTERS, "launch_pdl": True}
+    options = {"num_warps": shape.warps, "maxnreg": shape.registers, "launch_pdl": True}
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     before, _, after = ptx.partition("griddepcontrol.wait")
     loaded = shape.rows * (2 if gated else 1) * inputs * 2 // (16 * 32 * shape.warps)

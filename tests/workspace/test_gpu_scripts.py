@@ -58,6 +58,13 @@ def test_cross_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         recorded("cross_attention", ["--tune"], tmp_path, monkeypatch)
 
 
+def test_matvec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU torch's own products only."""
+    rows = recorded("matvec", [], tmp_path, monkeypatch)
+    assert [row["case"] for row in rows] == ["latent/qkv", "latent/output", "latent/gate", "latent/down"]
+    assert all(float(str(row["us"])) > 0 for row in rows)
+
+
 def test_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLT_SAMPLE", str(tmp_path))  # holds no Parquet file: made up text
     rows = {str(row["stage"]): row for row in recorded("real_run", [], tmp_path, monkeypatch)}

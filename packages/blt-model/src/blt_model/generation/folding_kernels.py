@@ -162,9 +162,8 @@ def fold(
         heads: H.
     """
     layers, room, pairs, dim = score_map.shape
-    count, vectors = len(rows), pairs // heads
-    width = dim // heads
-    block = min(128, inner_block(dim))
+    width, block = dim // heads, min(128, inner_block(dim))
+    sizes = {"DIM": dim, "HEADS": heads, "WIDTH": width, "VECTORS": pairs // heads, **dependence()}
     _fold_queries[(dim // block, heads, layers)](
         key_value,
         rows,
@@ -173,16 +172,12 @@ def fold(
         queries.first,
         queries.offsets,
         score_map,
-        count,
+        len(rows),
         room,
         width**-0.5,
-        DIM=dim,
-        HEADS=heads,
-        WIDTH=width,
-        VECTORS=vectors,
         ALIGNED=math.gcd(norms.aligned, queries.aligned),
         BLOCK=block,
-        **dependence(),
+        **sizes,
         num_warps=4,
     )
     _fold_outputs[(dim // 8, layers)](
@@ -191,18 +186,25 @@ def fold(
         outputs.first,
         outputs.offsets,
         output_map,
-        count,
+        len(rows),
         room,
-        DIM=dim,
-        HEADS=heads,
         HEAD_ROOM=triton.next_power_of_2(heads),
-        WIDTH=width,
-        VECTORS=vectors,
         ALIGNED=outputs.aligned,
         BLOCK=8,
-        **dependence(),
+        **sizes,
         num_warps=4,
     )
+
+
+@triton.jit
+def _attention(scores, vector, HEAD_ROOM: tl.constexpr, VECTORS: tl.constexpr, VECTOR_ROOM: tl.constexpr):
+    """The softmax of scores [HEAD_ROOM * VECTOR_ROOM] over each head's vectors."""
+    if VECTORS != VECTOR_ROOM:
+        scores = tl.where(vector < VECTORS, scores, -float("inf"))
+    grouped = tl.reshape(scores, [HEAD_ROOM, VECTOR_ROOM])
+    weights = tl.exp(grouped - tl.max(grouped, 1)[:, None])
+    weights /= tl.sum(weights, 1)[:, None]
+    return tl.reshape(weights, [HEAD_ROOM * VECTOR_ROOM])
 
 
 @triton.jit
@@ -262,12 +264,8 @@ def _read_folded(
         score, next_score = numbers(tile, kind)
         scores += tl.sum(score * state[None, :] + next_score * next_state[None, :], 1)
     scores *= 1.0 / tl.sqrt(square / DIM + eps)
-    if VECTORS != VECTOR_ROOM:
-        scores = tl.where(vector < VECTORS, scores, -float("inf"))
-    grouped = tl.reshape(scores, [HEAD_ROOM, VECTOR_ROOM])
-    weights = tl.exp(grouped - tl.max(grouped, 1)[:, None])
-    weights /= tl.sum(weights, 1)[:, None]
-    result = tl.sum(out_tile.to(tl.float32) * tl.reshape(weights, [HEAD_ROOM * VECTOR_ROOM])[None, :], 1)
+    weights = _attention(scores, vector, HEAD_ROOM, VECTORS, VECTOR_ROOM)
+    result = tl.sum(out_tile.to(tl.float32) * weights[None, :], 1)
     tl.store(out + outputs, (residual * old + result).to(out.dtype.element_ty))
 
 

@@ -26,8 +26,6 @@ from torch import Tensor
 from blt_model.generation.kernels import KINDS, dependence, numbers
 
 NO_FETCH, FETCH_OWN, FETCH_FOLLOWING = 0, 1, 2
-MOST_REGISTERS = 128
-"""Of a thread, so that four programs of four warps are resident at once."""
 
 
 @triton.jit
@@ -51,6 +49,23 @@ def _fetch(words, count):
 
 
 @triton.jit
+def _fetch_rows(weight, start, outputs, rows: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr):
+    """Have a program's own weights brought to the level 2 cache."""
+    for half in tl.static_range(HALVES):
+        first = (start + half * outputs).to(tl.int64)
+        _fetch(weight + first * WORDS, tl.minimum(outputs - start, rows) * WORDS)
+
+
+@triton.jit
+def _fetch_share(weight, words):
+    """Have a program's share of all words of a map brought to the level 2 cache."""
+    share = tl.cdiv(tl.cdiv(words, tl.num_programs(0)), 4) * 4
+    left = tl.minimum(words - tl.program_id(0) * share, share)
+    if left > 0:
+        _fetch(weight + tl.program_id(0).to(tl.int64) * share, left)
+
+
+@triton.jit
 def _words(pointers, mask, EXACT: tl.constexpr):
     """What lies there, or nought where it is masked; masks cost time where nothing is."""
     if EXACT:  # noqa: SIM108  # triton compiles only the branch that is taken
@@ -58,6 +73,14 @@ def _words(pointers, mask, EXACT: tl.constexpr):
     else:
         words = tl.load(pointers, mask=mask, other=0)
     return words
+
+
+@triton.jit
+def _chunk(weights, row, kept, chunk, WORDS: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+    """A chunk of the weights of some outputs, [EACH, GROUPS, CHUNK] of outputs [EACH, GROUPS]."""
+    k = chunk * CHUNK + tl.arange(0, CHUNK)
+    pointers = weights + row[:, :, None] * WORDS + k[None, None, :]
+    return _words(pointers, kept[:, :, None] & (k < WORDS)[None, None, :], EXACT)
 
 
 @triton.jit
@@ -78,6 +101,25 @@ def _joined(partial, stats, row, SPLITS: tl.constexpr, HEADS: tl.constexpr, ROOM
         part = tl.load(partial + at[:, None] * WIDTH + e[None, :], mask=inside[:, None], other=0.0)
         total += share[:, None] * part
     return tl.reshape(total / mass[:, None], [ROOM * WIDTH])
+
+
+@triton.jit
+def _pairs(values, CHUNK: tl.constexpr, held: tl.constexpr):
+    """Float32 numbers [CHUNK * held] as `numbers` gives those of words, [1, CHUNK] each."""
+    if held == 2:
+        low, high = tl.split(tl.reshape(values, [CHUNK, 2]))
+    else:
+        low, high = values, values * 0.0
+    return low[None, :], high[None, :]
+
+
+@triton.jit
+def _added(sums, words, low, high, kind: tl.constexpr):
+    """Sums [EACH, GROUPS, CHUNK] and the products of a chunk of weights; two steps, as each is one instruction."""
+    first, second = numbers(words, kind)
+    sums += first * low[None, :, :]
+    sums += second * high[None, :, :]
+    return sums
 
 
 @triton.jit
@@ -118,51 +160,35 @@ def _linear_one(
     # The kernel after this one has weights to load too, and the one after that.
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    rows: tl.constexpr = EACH * GROUPS
     chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
     begun: tl.constexpr = chunks if chunks < AHEAD else AHEAD
     held: tl.constexpr = 1 if kind == tl.float32 else 2
-    start = tl.program_id(0) * rows
+    start = tl.program_id(0) * EACH * GROUPS
     row = tl.arange(0, EACH)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    kept = (start + row < outputs)[:, :, None]
-    k = tl.arange(0, CHUNK)
-    gates = weight + start.to(tl.int64) * WORDS
-    values = gates + outputs.to(tl.int64) * WORDS
-    at = row[:, :, None] * WORDS + k[None, None, :]
+    kept = start + row < outputs
+    own = weight + start.to(tl.int64) * WORDS
+    other = own + outputs.to(tl.int64) * WORDS
     # Weights depend on no other kernel: the first of them are under way before the wait.
     tiles = tl.tuple(())
-    value_tiles = tl.tuple(())
     for chunk in tl.static_range(begun):
-        mask = kept & (chunk * CHUNK + k < WORDS)[None, None, :]
-        tiles = tiles + (_words(gates + at + chunk * CHUNK, mask, EXACT),)  # noqa: RUF005
+        tiles = tiles + (_chunk(own, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
         if GATED:
-            value_tiles = value_tiles + (_words(values + at + chunk * CHUNK, mask, EXACT),)  # noqa: RUF005
+            tiles = tiles + (_chunk(other, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
     if DEPENDENT:
         if FETCH == 1:
-            left = tl.minimum(outputs - start, rows) * WORDS
-            _fetch(gates, left)
-            if GATED:
-                _fetch(values, left)
+            _fetch_rows(weight, start, outputs, EACH * GROUPS, WORDS, 2 if GATED else 1)
         if FETCH == 2:
-            share = tl.cdiv(tl.cdiv(following_words, tl.num_programs(0)), 4) * 4
-            left = tl.minimum(following_words - tl.program_id(0) * share, share)
-            if left > 0:
-                _fetch(following + tl.program_id(0).to(tl.int64) * share, left)
+            _fetch_share(following, following_words)
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
     gate_sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
-    # Each group reads x for itself.
-    mine = tl.zeros([GROUPS], dtype=tl.int32)[:, None] + k[None, :]
     squares = tl.zeros([GROUPS, CHUNK], dtype=tl.float32)
+    # Each group reads x for itself.
+    mine = tl.zeros([GROUPS], dtype=tl.int32)[:, None] + tl.arange(0, CHUNK)[None, :]
     for chunk in tl.static_range(chunks):
-        inside = (chunk * CHUNK + mine) < WORDS
+        inside = chunk * CHUNK + mine < WORDS
         if SPLITS > 0:
-            whole = _joined(x, stats, 0, SPLITS, HEADS, ROOM, WIDTH)
-            if held == 2:
-                low, high = tl.split(tl.reshape(whole, [CHUNK, 2]))
-            else:
-                low, high = whole, whole * 0.0
-            low, high = low[None, :], high[None, :]
+            low, high = _pairs(_joined(x, stats, 0, SPLITS, HEADS, ROOM, WIDTH), CHUNK, held)
         else:
             low, high = numbers(_words(x + chunk * CHUNK + mine, inside, EXACT), kind)
         if NORM:
@@ -170,18 +196,14 @@ def _linear_one(
             low_scale, high_scale = numbers(_words(norm + chunk * CHUNK + mine, inside, EXACT), kind)
             low, high = low * low_scale, high * high_scale
         if chunk + AHEAD < chunks:
-            mask = kept & ((chunk + AHEAD) * CHUNK + k < WORDS)[None, None, :]
-            tiles = tiles + (_words(gates + at + (chunk + AHEAD) * CHUNK, mask, EXACT),)  # noqa: RUF005
+            tiles = tiles + (_chunk(own, row, kept, chunk + AHEAD, WORDS, CHUNK, EXACT),)  # noqa: RUF005
             if GATED:
-                value_tiles = value_tiles + (_words(values + at + (chunk + AHEAD) * CHUNK, mask, EXACT),)  # noqa: RUF005
-        first, second = numbers(tiles[chunk], kind)
+                tiles = tiles + (_chunk(other, row, kept, chunk + AHEAD, WORDS, CHUNK, EXACT),)  # noqa: RUF005
         if GATED:
-            gate_sums += first * low[None, :, :]
-            gate_sums += second * high[None, :, :]
-            first, second = numbers(value_tiles[chunk], kind)
-        # One after the other, so that each is one instruction.
-        sums += first * low[None, :, :]
-        sums += second * high[None, :, :]
+            gate_sums = _added(gate_sums, tiles[2 * chunk], low, high, kind)
+            sums = _added(sums, tiles[2 * chunk + 1], low, high, kind)
+        else:
+            sums = _added(sums, tiles[chunk], low, high, kind)
     result = tl.sum(sums, 2)
     gate_sum = tl.sum(gate_sums, 2)
     if NORM:
@@ -190,10 +212,9 @@ def _linear_one(
         gate_sum *= scale[None, :]
     if GATED:
         result *= gate_sum / (1.0 + tl.exp(-gate_sum))
-    n = start + row
     if RESIDUAL:
-        result += residual_scale * tl.load(residual + n, mask=n < outputs, other=0.0).to(tl.float32)
-    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < outputs)
+        result += residual_scale * tl.load(residual + start + row, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out + start + row, result.to(out.dtype.element_ty), mask=kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +230,9 @@ class LinearShape:
     """Chunks under way at once, so many before the wait."""
     fetch: int = NO_FETCH
     """What is brought to the level 2 cache before the wait: the program's own weights, or the map's after this one."""
+
+    registers: int | None = None
+    """Of a thread, at most; None for as many as the compiler takes, which are fewer where it need not count them."""
 
     @property
     def groups(self) -> int:
@@ -237,7 +261,10 @@ def linear_shape(outputs: int, words: int, *, gated: bool, joined: bool) -> Line
         return LinearShape(rows=rows, chunk=triton.next_power_of_2(words), warps=4, ahead=1)
     chunks, each = triton.cdiv(words, 128), 8 if gated else 4
     rows = 8 if outputs >= 8 * 256 and 2 * each * chunks <= 64 else 4
-    return LinearShape(rows=rows, chunk=128, warps=4, ahead=min(chunks, 96 // (each * rows // 4)))
+    ahead = min(chunks, 96 // (each * rows // 4))
+    held = each * rows // 4 * ahead
+    registers = 128 if held > 64 or (gated and held == 64) else None
+    return LinearShape(rows=rows, chunk=128, warps=4, ahead=ahead, registers=registers)
 
 
 def _linear_rows(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, residual_scale: float) -> Tensor:
@@ -289,8 +316,26 @@ def linear(
             x = F.rms_norm(x, norm.shape, norm, eps)
         kind = dtype or weight.dtype
         return _linear_rows(x.to(kind), weight.to(kind), gated, residual, residual_scale)
-    outputs, words = weight.shape[0] // (2 if gated else 1), weight.shape[1] * weight.element_size() // 4
-    out = x.new_empty((1, outputs), dtype=dtype or weight.dtype)
+    out = x.new_empty((1, len(weight) // (2 if gated else 1)), dtype=dtype or weight.dtype)
+    _launch_one(x, weight, norm, eps, stats, gated, residual, residual_scale, out, following, shape)
+    return out
+
+
+def _launch_one(
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    stats: Tensor | None,
+    gated: bool,
+    residual: Tensor | None,
+    residual_scale: float,
+    out: Tensor,
+    following: Tensor | None,
+    shape: LinearShape | None,
+) -> None:
+    """What `linear` does for one row, into out [1, N]."""
+    outputs, words = out.shape[1], weight.shape[1] * weight.element_size() // 4
     splits, heads, width = (0, 1, 1) if stats is None else (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     if shape is None:
         shape = linear_shape(outputs, words, gated=gated, joined=stats is not None)
@@ -326,9 +371,8 @@ def linear(
         EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
         **dependence(),
         num_warps=shape.warps,
-        maxnreg=MOST_REGISTERS,
+        maxnreg=shape.registers,
     )
-    return out
 
 
 @triton.jit
