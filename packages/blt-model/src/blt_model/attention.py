@@ -32,7 +32,7 @@ from blt_model.errors import ModelError
 from blt_model.flex_backend import attend_flex, block_mask, check_flex, first_keys
 from blt_model.packed import segment_of
 from blt_model.span_attention import Spans, attend_spans, plan_spans
-from blt_model.tile_attention import Bounds, attend_tiles, check_triton
+from blt_model.tile_attention import WIDTHS, Bounds, attend_tiles, check_triton, is_tuned_for
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -111,7 +111,8 @@ def resolve_backend(
     """Turn a wish into a backend.
 
     Args:
-        backend: "auto" takes varlen for half precision on CUDA and sdpa elsewhere.
+        backend: "auto" takes triton for half precision on Hopper and later, varlen on other CUDA devices, and sdpa
+            elsewhere.
         device: of the queries.
         dtype: of the queries.
         width: E; None where it is not known yet.
@@ -142,15 +143,15 @@ def resolve_backend(
         check_flex(device, dtype)
         return AttentionBackend.FLEX
     if backend == AttentionBackend.AUTO:
-        return _automatic(fits)
+        return _automatic(device, width) if fits else AttentionBackend.SDPA
     return AttentionBackend.SDPA
 
 
-def _automatic(fits: bool) -> AttentionBackend:
-    """What "auto" takes, given whether the device is CUDA and the dtype half precision: the fastest that runs."""
-    if fits and "window_size" in _VARLEN_OPTIONS:
-        return AttentionBackend.VARLEN
-    return AttentionBackend.SDPA
+def _automatic(device: torch.device, width: int | None) -> AttentionBackend:
+    """What "auto" takes on CUDA in half precision: the fastest that runs."""
+    if width in WIDTHS and is_tuned_for(device):
+        return AttentionBackend.TRITON
+    return AttentionBackend.VARLEN if "window_size" in _VARLEN_OPTIONS else AttentionBackend.SDPA
 
 
 def plan_attention(

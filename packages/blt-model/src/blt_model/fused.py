@@ -1,8 +1,8 @@
 """Root mean square normalisation and SwiGLU with backwards of their own, for eager float32 and float64 on the CPU.
 
 There autograd keeps, and memory must carry, every step between; here the rows are worked through in pieces that stay in
-the processor's cache, and only the inputs are kept. On CUDA torch has a fused normalisation, and compiled code fuses
-both by itself.
+the processor's cache, and only the inputs are kept. On CUDA torch has a fused normalisation, and SwiGLU is a kernel of
+our own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
+
+from blt_model.pointwise import silu_gate
+from blt_model.triton_support import takes_kernels
 
 PIECE = 1 << 18
 """Numbers that a thread works on at once: 1 MiB of float32. Smaller pieces gain nothing, and cost a meeting of all
@@ -117,5 +120,8 @@ def swiglu(gate_value: Tensor) -> Tensor:
     if _by_hand(gate_value):
         result: Tensor = _SwiGLU.apply(gate_value)
         return result
+    if takes_kernels(gate_value) and gate_value.dim() == 2:
+        gated: Tensor = silu_gate(gate_value)
+        return gated
     gate, value = gate_value.chunk(2, dim=-1)
     return F.silu(gate) * value

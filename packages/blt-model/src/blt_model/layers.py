@@ -14,7 +14,9 @@ from blt_model.attention import AttentionBackend, AttentionPlan, attend, plan_at
 from blt_model.config import TransformerConfig
 from blt_model.fused import rms_norm, swiglu
 from blt_model.packed import segment_of
+from blt_model.pointwise import split_heads
 from blt_model.span_attention import turn_and_attend
+from blt_model.triton_support import takes_kernels
 from blt_model.weightless import Linear
 
 
@@ -145,6 +147,10 @@ class SelfAttention(nn.Module):
             mixed, wide = turn_and_attend(wide, layout.phases, self.kv_heads, layout.plan.spans)
             _, key, value = torch.split(wide.to(dtype).view(len(x), -1, self.head_dim), sizes, dim=1)
             return self.output(mixed.to(dtype).flatten(1)), key, value
+        if takes_kernels(flat) and self.head_dim & (self.head_dim - 1) == 0:
+            counts = self.num_heads, self.kv_heads
+            query, key, value = split_heads(flat, layout.cosine, layout.sine, counts, carry)
+            return self.output(attend(query, key, value, layout.plan).flatten(1)), key, value
         heads = flat.view(len(x), -1, self.head_dim)
         turning, value = torch.split(heads, [self.num_heads + self.kv_heads, self.kv_heads], dim=1)
         turned = rotate(turning, layout.cosine, layout.sine)

@@ -42,6 +42,11 @@ class Bounds:
         return cls(first, torch.searchsorted(first, keys, right=True, out_int32=True))
 
 
+def is_tuned_for(device: torch.device) -> bool:
+    """Whether the kernels were tuned for such a CUDA device: a Hopper or later, with Triton there."""
+    return _HAS_TRITON and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def check_triton(device: torch.device, dtype: torch.dtype, width: int | None = None) -> None:
     """Refuse where the kernels cannot run.
 

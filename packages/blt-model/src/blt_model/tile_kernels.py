@@ -61,14 +61,14 @@ class Plan:
 
 HALF = {
     64: Plan(
-        forward=Tiles(queries=128, keys=64, warps=4, stages=3),
-        query_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
-        key_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
+        forward=Tiles(queries=64, keys=64, warps=4, stages=2),
+        query_gradient=Tiles(queries=64, keys=32, warps=4, stages=3, one_loop=False),
+        key_gradient=Tiles(queries=32, keys=64, warps=4, stages=3),
     ),
     128: Plan(
         forward=Tiles(queries=64, keys=64, warps=4, stages=3),
         query_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
-        key_gradient=Tiles(queries=64, keys=64, warps=4, stages=2),
+        key_gradient=Tiles(queries=32, keys=64, warps=4, stages=3),
     ),
     256: Plan(
         forward=Tiles(queries=128, keys=64, warps=8, stages=2),

@@ -1,0 +1,155 @@
+"""Triton kernels for what a block does between its products: turning heads by their positions, and gating.
+
+Compilers fuse these as well, but where a result is put together from parts they compute every part for all of it; here
+each number is read once and written once. Arithmetic is float32. This module needs triton; import it only where
+`triton_support` says so.
+
+Legend: T tokens, H query heads, G key and value heads, E head width, N numbers of a gate.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32
+"""Tokens of a program that turns heads."""
+_HEADS = 8
+"""Heads of such a program, for all of which it reads the angles once."""
+_NUMBERS = 1024
+"""Numbers of a gate that a program takes."""
+
+
+@triton.jit
+def _turned(pairs, cosine, sine, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Heads [ROWS, WIDTH], neighbouring numbers rotated by angles [ROWS, WIDTH / 2]."""
+    even, odd = tl.split(tl.reshape(pairs, [ROWS, WIDTH // 2, 2]))
+    return tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), [ROWS, WIDTH])
+
+
+@triton.jit(do_not_specialize=["count", "carried"])
+def _split_heads(
+    flat, cosine, sine, query, key, value, count, carried, step, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Some heads of some tokens: from `flat` to the three, or, where it goes back, from the three to `flat`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = (row < count)[:, None]
+    half = tl.arange(0, WIDTH // 2)[None, :]
+    at = row[:, None] * (WIDTH // 2) + half
+    c = tl.load(cosine + at, mask=real, other=0.0)
+    s = tl.load(sine + at, mask=real, other=0.0)
+    if BACK:
+        s = -s
+    column = tl.arange(0, WIDTH)[None, :]
+    wide = row.to(tl.int64)[:, None]
+    kept = wide + carried
+    for index in range(EACH):
+        head = tl.program_id(1) * EACH + index
+        if head < HEADS + 2 * KV_HEADS:
+            joined = flat + wide * step + head * WIDTH + column
+            if head < HEADS:
+                apart = query + wide * (HEADS * WIDTH) + head * WIDTH + column
+            elif head < HEADS + KV_HEADS:
+                apart = key + kept * (KV_HEADS * WIDTH) + (head - HEADS) * WIDTH + column
+            else:
+                apart = value + kept * (KV_HEADS * WIDTH) + (head - HEADS - KV_HEADS) * WIDTH + column
+            numbers = tl.load(apart if BACK else joined, mask=real, other=0.0)
+            if head < HEADS + KV_HEADS:
+                numbers = _turned(numbers.to(tl.float32), c, s, ROWS, WIDTH).to(flat.dtype.element_ty)
+            tl.store(joined if BACK else apart, numbers, mask=real)
+
+
+def _launch_split(
+    flat: Tensor, angles: tuple[Tensor, Tensor], parts: tuple[Tensor, Tensor, Tensor], carried: int, back: bool
+) -> None:
+    (_, num_heads, width), kv_heads = parts[0].shape, parts[1].shape[1]
+    grid = (triton.cdiv(len(flat), _ROWS), triton.cdiv(num_heads + 2 * kv_heads, _HEADS))
+    if len(flat):
+        _split_heads[grid](
+            flat, *angles, *parts, len(flat), carried, flat.stride(0), HEADS=num_heads, KV_HEADS=kv_heads, WIDTH=width,
+            ROWS=_ROWS, EACH=_HEADS, BACK=back, num_warps=4,
+        )  # fmt: skip
+
+
+def split_heads(
+    flat: Tensor,
+    angles: tuple[Tensor, Tensor],
+    heads: tuple[int, int],
+    carry: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn queries and keys by their positions, and lay queries, keys and values each by themselves.
+
+    Args:
+        flat: [T, (H + 2 * G) * E], rows contiguous.
+        angles: cosines and sines, contiguous float32 [T, 1, E / 2].
+        heads: H and G.
+        carry: keys and values [C, G, E] that come before the others; None for none.
+
+    Returns:
+        Contiguous [T, H, E] and twice [C + T, G, E].
+    """
+    num_heads, kv_heads = heads
+    length, carried = len(flat), 0 if carry is None else len(carry[0])
+    width = flat.shape[1] // (num_heads + 2 * kv_heads)
+    query = flat.new_empty(length, num_heads, width)
+    key, value = (flat.new_empty(carried + length, kv_heads, width) for _ in range(2))
+    if carry is not None:
+        key[:carried], value[:carried] = carry
+    _launch_split(flat, angles, (query, key, value), carried, back=False)
+    return query, key, value
+
+
+def join_heads(parts: tuple[Tensor, Tensor, Tensor], angles: tuple[Tensor, Tensor], carried: int) -> Tensor:
+    """The gradient of `split_heads`' first argument, [T, (H + 2 * G) * E], from those of its contiguous results."""
+    length, num_heads, width = parts[0].shape
+    flat = parts[0].new_empty(length, (num_heads + 2 * parts[1].shape[1]) * width)
+    _launch_split(flat, angles, parts, carried, back=True)
+    return flat
+
+
+@triton.jit
+def _gate(gate_value, out, step, N: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) * value of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_value + row * step + at, mask=at < N, other=0.0).to(tl.float32)
+    value = tl.load(gate_value + row * step + N + at, mask=at < N, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * value
+    tl.store(out + row * N + at, result.to(out.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def _gate_backward(gate_value, upstream, out, step, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of one row's gates and values."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_value + row * step + at, mask=at < N, other=0.0).to(tl.float32)
+    value = tl.load(gate_value + row * step + N + at, mask=at < N, other=0.0).to(tl.float32)
+    above = tl.load(upstream + row * N + at, mask=at < N, other=0.0).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(-gate))
+    slope = share * (1.0 + gate * (1.0 - share))
+    tl.store(out + row * 2 * N + at, (above * value * slope).to(out.dtype.element_ty), mask=at < N)
+    tl.store(out + row * 2 * N + N + at, (above * gate * share).to(out.dtype.element_ty), mask=at < N)
+
+
+def gate(gate_value: Tensor) -> Tensor:
+    """silu(gate) * value, [T, N], of [T, 2 * N] with contiguous rows, gates first."""
+    count = gate_value.shape[1] // 2
+    out = gate_value.new_empty(len(gate_value), count)
+    if out.numel():
+        grid = (len(out), triton.cdiv(count, _NUMBERS))
+        _gate[grid](gate_value, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, num_warps=4)
+    return out
+
+
+def gate_backward(gate_value: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient [T, 2 * N] of `gate`'s argument, from contiguous [T, N]."""
+    out = torch.empty(gate_value.shape, dtype=gate_value.dtype, device=gate_value.device)
+    count = upstream.shape[1]
+    if out.numel():
+        grid = (len(out), triton.cdiv(count, _NUMBERS))
+        _gate_backward[grid](gate_value, upstream, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, num_warps=4)
+    return out
