@@ -316,6 +316,24 @@ def test_operations_keep_torchs_rules(kernels: ModuleType, seed: int) -> None:
     torch.library.opcheck(torch.ops.blt_model.attend_tiles_backward.default, (upstream, *saved))
 
 
+def test_neighbours_change_no_bit(kernels: ModuleType) -> None:
+    """Where keys may be carried in, a document's result is the same wherever it stands, and cut at a whole tile."""
+    lengths, window, heads, width = [70, 5, 150], 64, 2, 16
+    query, key, value = (random(sum(lengths), heads, width) for _ in range(3))
+    carry = torch.zeros(window, heads, width, device=DEVICE)
+
+    def run(first: int, lengths: list[int], carried: tuple[Tensor, Tensor], valid: int) -> Tensor:
+        part = slice(first, first + sum(lengths))
+        inputs = query[part], torch.cat([carried[0], key[part]]), torch.cat([carried[1], value[part]])
+        return attend(*inputs, pack(lengths, window, window, valid))
+
+    whole = run(0, lengths, (carry, carry), 0)
+    assert torch.equal(run(75, [150], (carry, carry), 0), whole[75:])
+    assert torch.equal(run(70, [5, 128], (carry, carry), 0)[5:], whole[75:203])
+    before = slice(203 - window, 203)
+    assert torch.equal(run(203, [22], (key[before], value[before]), window), whole[203:])
+
+
 @pytest.mark.skipif(not CUDA, reason="a graph is CUDA's")
 def test_waits_for_nothing_and_fits_a_graph(kernels: ModuleType, seed: int) -> None:
     """The plan as well: other documents of the same capacity run through the same graph."""

@@ -192,7 +192,9 @@ def plan_attention(
     if backend in (AttentionBackend.TRITON, AttentionBackend.FLEX):
         first = first_keys(offsets, key_offsets, num_tokens, carried, window)
         if backend == AttentionBackend.TRITON:
-            return dataclasses.replace(plan, bounds=Bounds.of(first, carried))
+            bounds = Bounds.of(first, carried)
+            # Whoever carries keys cuts documents into windows, where they should give what they give whole.
+            return dataclasses.replace(plan, bounds=bounds.by_document(offsets) if carried else bounds)
         return dataclasses.replace(plan, block_mask=block_mask(first, carried))
     if offsets.device.type == "cpu" and not carried:
         host = offsets.tolist()

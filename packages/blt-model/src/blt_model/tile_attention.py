@@ -9,6 +9,7 @@ Legend: T tokens, C carried tokens, H query heads, G key and value heads, E head
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from blt_model.errors import ModelError
 WIDTHS = (16, 32, 64, 128, 256)
 """Head widths that the kernels take."""
 
+TILE = 64
+"""Queries of a tile where documents are cut each by itself."""
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -34,12 +38,29 @@ class Bounds:
     """int32 [T]: a query reads the keys from here to its own; never decreasing."""
     ends: Tensor
     """int32 [C + T]: of each key, how many queries have a first key that is not after it."""
+    documents: Tensor | None = None
+    """int32 [2, N] begins and ends of the forward's tiles, none of two documents; None where they need not be."""
 
     @classmethod
     def of(cls, first: Tensor, carried: int) -> Bounds:
         """The bounds that `first`, int32 [T], and C say."""
         keys = torch.arange(carried + len(first), device=first.device, dtype=first.dtype)
         return cls(first, torch.searchsorted(first, keys, right=True, out_int32=True))
+
+    def by_document(self, offsets: Tensor) -> Bounds:
+        """The same with tiles counted from each document's first query.
+
+        Then a document's sums are taken in the same order, to the bit, whatever stands around it.
+
+        Args:
+            offsets: int32 [D + 1] of the documents among the queries.
+        """
+        counts = (offsets.diff() + TILE - 1) // TILE
+        ends = counts.cumsum(0)
+        tile = torch.arange(-(-len(self.first) // TILE) + len(counts), device=offsets.device)
+        document = torch.searchsorted(ends, tile, right=True).clamp_(max=len(counts) - 1)
+        starts = offsets[document] + (tile - ends[document] + counts[document]) * TILE
+        return dataclasses.replace(self, documents=torch.stack([starts.int(), offsets[document + 1].int()]))
 
 
 def is_tuned_for(device: torch.device) -> bool:
@@ -92,16 +113,21 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 @torch.library.custom_op(
     "blt_model::attend_tiles",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor first, Tensor ends) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor first, Tensor ends, Tensor? documents=None) -> "
+    "(Tensor, Tensor)",
 )
-def _attend(query: Tensor, key: Tensor, value: Tensor, first: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, ends: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     inputs = (_contiguous_rows(tensor) for tensor in (query, key, value))
-    result: tuple[Tensor, Tensor] = _kernels().forward(*inputs, first)
+    result: tuple[Tensor, Tensor] = _kernels().forward(*inputs, first, documents)
     return result
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, first: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, ends: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
     return query.new_empty(query.shape), sums
 
@@ -128,15 +154,15 @@ def _(upstream: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[:5], *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return None, None, None, None, None
-    return *_attend_backward(upstream, *ctx.saved_tensors), None, None
+        return None, None, None, None, None, None
+    return *_attend_backward(upstream, *ctx.saved_tensors), None, None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
@@ -159,5 +185,5 @@ def attend_tiles(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> T
         ModelError: a head width that is no power of two from 16 to 256.
     """
     _check_width(query.shape[-1])
-    output: Tensor = _attend(query, key, value, bounds.first, bounds.ends)[0]
+    output: Tensor = _attend(query, key, value, bounds.first, bounds.ends, bounds.documents)[0]
     return output

@@ -28,10 +28,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from blt_model.tile_attention import TILE
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LEAST = tl.constexpr(-1e30)
 """Where running maxima begin: a query's first tiles may be masked whole, and -inf - -inf is no number."""
+_TILE = tl.constexpr(TILE)
+"""The forward kernel's own tiles divide it."""
 _PLAIN, _MASKED, _EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -71,7 +75,7 @@ HALF = {
         key_gradient=Tiles(queries=32, keys=64, warps=4, stages=3),
     ),
     256: Plan(
-        forward=Tiles(queries=128, keys=64, warps=8, stages=2),
+        forward=Tiles(queries=64, keys=64, warps=8, stages=2),
         query_gradient=Tiles(queries=64, keys=32, warps=8, stages=2),
         key_gradient=Tiles(queries=32, keys=64, warps=8, stages=2),
     ),
@@ -166,18 +170,34 @@ def _forward_loop(
     return result, total, highest
 
 
-@triton.jit(do_not_specialize=["num_queries", "carried", "num_heads", "repeats"])
+@triton.jit
+def _own_tile(tiles, count, index, num_queries, QUERIES: tl.constexpr):
+    """Begin and end of a program's queries; nothing where there are more programs than tiles."""
+    if tiles is None:
+        start = index * QUERIES
+        stop = num_queries
+    else:
+        parts: tl.constexpr = _TILE // QUERIES
+        start = tl.load(tiles + index // parts) + index % parts * QUERIES
+        stop = tl.load(tiles + count + index // parts)
+    return start, stop
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_queries", "carried", "num_heads", "repeats"])
 def _attention_forward(
-    query, key, value, first, output, sums, query_step, query_head, key_step, key_head, value_step, value_head,
-    num_queries, carried, num_heads, repeats, scale, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    query, key, value, first, tiles, output, sums, num_tiles, query_step, query_head, key_step, key_head, value_step,
+    value_head, num_queries, carried, num_heads, repeats, scale, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; heads vary fastest, and late tiles, of long documents, come first."""
     head = tl.program_id(0) % num_heads
-    start = (tl.num_programs(0) // num_heads - 1 - tl.program_id(0) // num_heads) * QUERIES
+    index = tl.num_programs(0) // num_heads - 1 - tl.program_id(0) // num_heads
+    start, stop = _own_tile(tiles, num_tiles, index, num_queries, QUERIES)
+    if start >= stop:
+        return
     rows = start + tl.arange(0, QUERIES)
-    real = rows < num_queries
-    low, high, limits = _keys_of(first, start, num_queries, carried, QUERIES, KEYS)
+    real = rows < stop
+    low, high, limits = _keys_of(first, start, stop, carried, QUERIES, KEYS)
     keys = (key, head // repeats * key_head, key_step.to(tl.int64), num_queries + carried)
     values = (value, head // repeats * value_head, value_step.to(tl.int64), num_queries + carried)
     queries = (query, head * query_head, query_step.to(tl.int64), num_queries)
@@ -415,7 +435,14 @@ def _sources(tiles: Tiles, *tensors: tuple[Tensor, int]) -> tuple[list[Any], boo
 
 
 def forward_launch(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, output: Tensor, sums: Tensor, tiles: Tiles
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    tiles: Tiles,
+    documents: Tensor | None = None,
 ) -> Launch:
     """The forward kernel.
 
@@ -427,13 +454,17 @@ def forward_launch(
         output: contiguous [T, H, E], written.
         sums: float32 [H, T], written: log-sum-exp of each query's scaled scores, natural.
         tiles: how to cut.
+        documents: int32 [2, N] begins and ends of tiles of TILE queries, none of two documents; None to cut all
+            queries as if they were one.
     """
     num_queries, num_heads, width = query.shape
     numbers = (num_queries, len(key) - num_queries, num_heads, num_heads // key.shape[1], width**-0.5)
     sources, bulk = _sources(tiles, (query, tiles.queries), (key, tiles.keys), (value, tiles.keys))
-    arguments = (*sources, first, output, sums, *_steps(query, key, value), *numbers)
+    count = 0 if documents is None else documents.shape[1]
+    arguments = (*sources, first, documents, output, sums, count, *_steps(query, key, value), *numbers)
     options = _options(width, query.dtype, tiles, bulk)
-    programs = num_heads * triton.cdiv(num_queries, tiles.queries)
+    programs = triton.cdiv(num_queries, tiles.queries) if documents is None else count * (TILE // tiles.queries)
+    programs *= num_heads
     return Launch(kernel=_attention_forward, programs=programs, arguments=arguments, options=options)
 
 
@@ -501,7 +532,9 @@ def key_gradient_launch(
     return Launch(kernel=_attention_key_gradient, programs=programs, arguments=arguments, options=options)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend; arguments as in `forward_launch`.
 
     Returns:
@@ -512,7 +545,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor) -> tuple[T
     if len(query) == 0:
         return output, sums
     tiles = tiles_for(query.shape[-1], query.dtype).forward
-    forward_launch(query, key, value, first, output, sums, tiles).run()
+    forward_launch(query, key, value, first, output, sums, tiles, documents).run()
     return output, sums
 
 

@@ -39,7 +39,7 @@ from blt_patcher.windows import Window, cut_windows, framed_offsets, window_capa
 log = logging.getLogger(__name__)
 
 #: Tokens in a window unless told: enough to keep a GPU busy with a 100M model, few enough for a CPU's caches.
-GPU_WINDOW_TOKENS: Final = 16_384
+GPU_WINDOW_TOKENS: Final = 65_536
 CPU_WINDOW_TOKENS: Final = 4_096
 
 #: What the trunk may be computed in.
