@@ -52,7 +52,7 @@ def hash_rows(tokens: Tensor, positions: Tensor, config: HashEmbeddingConfig) ->
     if has_triton(tokens) and longest <= LONGEST_UNROLLED and not torch.compiler.is_compiling():
         from blt_model import step_kernels
 
-        return step_kernels.hash_rows(
+        made: Tensor = step_kernels.hash_rows(
             tokens,
             positions,
             sizes=config.ngram_sizes,
@@ -61,6 +61,7 @@ def hash_rows(tokens: Tensor, positions: Tensor, config: HashEmbeddingConfig) ->
             offset=BYTE_OFFSET if config.raw_bytes else 0,
             newest_first=config.newest_first,
         )
+        return made
     symbols = tokens - BYTE_OFFSET if config.raw_bytes else tokens
     # before[d] is the token d places earlier, 0 before the document's start.
     padded = F.pad(symbols, (longest - 1, 0))

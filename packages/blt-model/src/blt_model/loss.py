@@ -36,10 +36,11 @@ class _CrossEntropySum(torch.autograd.Function):
         if takes_kernels(logits) and logits.shape[1] <= WIDEST and not torch.compiler.is_compiling():
             from blt_model import step_kernels
 
-            losses, penalties, gradient = step_kernels.cross_entropy(
-                logits, targets, z_loss, IGNORED_TARGET, with_gradient=ctx.needs_input_grad[0]
+            with_gradient = ctx.needs_input_grad[0]
+            losses, penalties, made = step_kernels.cross_entropy(
+                logits, targets, z_loss, IGNORED_TARGET, with_gradient=with_gradient
             )
-            return _kept(ctx, gradient, losses.sum(), penalties.sum())
+            return _kept(ctx, made if with_gradient else None, losses.sum(), penalties.sum())
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
         penalty = torch.zeros_like(total)

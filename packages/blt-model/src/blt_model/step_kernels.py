@@ -1,12 +1,15 @@
 """Triton kernels for both ends of a training step: the rows of hash embeddings, and the loss with its gradient.
 
-Torch takes dozens of passes over memory for each; these take one. This module needs triton; import it only for tensors
-on CUDA (or under Triton's interpreter).
+Torch takes dozens of passes over memory for each; these take one. To torch they are operations with fake
+implementations, so that their shapes are known where nothing is computed. This module needs triton; import it only for
+tensors on CUDA (or under Triton's interpreter).
 
 Legend: T tokens, M tables, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -39,12 +42,18 @@ def _hash(
         tl.store(rows + place.to(tl.int64) * TABLES + column, row + column * table_size, mask=inside)
 
 
+@torch.library.custom_op(
+    "blt_model::hash_rows",
+    mutates_args=(),
+    schema="(Tensor tokens, Tensor positions, *, int[] sizes, int[] primes, int table_size, int offset, "
+    "bool newest_first) -> Tensor",
+)
 def hash_rows(
     tokens: Tensor,
     positions: Tensor,
     *,
-    sizes: tuple[int, ...],
-    primes: tuple[int, ...],
+    sizes: Sequence[int],
+    primes: Sequence[int],
     table_size: int,
     offset: int,
     newest_first: bool,
@@ -87,6 +96,11 @@ def hash_rows(
     return rows
 
 
+@hash_rows.register_fake
+def _(tokens: Tensor, positions: Tensor, *, sizes: Sequence[int], primes: Sequence[int], **_: object) -> Tensor:
+    return positions.new_empty((tokens.shape[0], len(sizes) * len(primes)), dtype=torch.int64)
+
+
 @triton.jit(do_not_specialize=["length"])
 def _cross_entropy(
     logits, targets, losses, penalties, gradient, length, z_loss, ignored, VOCABULARY: tl.constexpr,
@@ -117,9 +131,15 @@ def _cross_entropy(
         tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=inside)
 
 
+@torch.library.custom_op(
+    "blt_model::cross_entropy",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor targets, float z_loss, int ignored, *, bool with_gradient) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def cross_entropy(
     logits: Tensor, targets: Tensor, z_loss: float, ignored: int, *, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Losses of all tokens.
 
     Args:
@@ -130,20 +150,19 @@ def cross_entropy(
         with_gradient: whether to make the gradient.
 
     Returns:
-        float32 [T] of -log p(target), float32 [T] of what the normaliser adds, and the gradient of the sum of both,
-        [T, V] in the logits' dtype, or None.
+        float32 [T] of -log p(target), float32 [T] of what the normaliser adds, and the gradient of the sum of both in
+        the logits' dtype: [T, V], or [0, V] where none is made.
     """
     length, vocabulary = logits.shape
     logits = logits.contiguous()
-    losses, penalties = (torch.empty(length, dtype=torch.float32, device=logits.device) for _ in range(2))
-    gradient = torch.empty_like(logits) if with_gradient else None
+    losses, penalties, gradient = _results(logits, with_gradient=with_gradient)
     if length:
         _cross_entropy[(triton.cdiv(length, _ROWS),)](
             logits,
             targets.contiguous(),
             losses,
             penalties,
-            logits if gradient is None else gradient,
+            gradient,
             length,
             z_loss,
             ignored,
@@ -154,3 +173,17 @@ def cross_entropy(
             num_warps=4,
         )
     return losses, penalties, gradient
+
+
+def _results(logits: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `cross_entropy` fills."""
+    length, vocabulary = logits.shape
+    losses, penalties = (logits.new_empty(length, dtype=torch.float32) for _ in range(2))
+    return losses, penalties, logits.new_empty((length if with_gradient else 0, vocabulary))
+
+
+@cross_entropy.register_fake
+def _(
+    logits: Tensor, targets: Tensor, z_loss: float, ignored: int, *, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(logits, with_gradient=with_gradient)
