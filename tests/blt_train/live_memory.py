@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -70,14 +71,12 @@ def pretended_cuda() -> Iterator[None]:
     """Let code run as on a GPU, on tensors without content, with the attention that half precision takes there."""
     importlib.import_module("torch.nn.attention.varlen")  # registers the operation
 
-    before = attention._VARLEN_OPTIONS
-    attention._VARLEN_OPTIONS = frozenset({"window_size"})
-    attention.varlen_attn = _varlen  # type: ignore[assignment, attr-defined]  # beside a GPU alone it is torch's
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "is_tuned_for", lambda _: True)
+        patch.setattr(attention, "_VARLEN_OPTIONS", frozenset({"window_size"}))
+        patch.setattr(attention, "varlen_attn", _varlen, raising=False)
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
-    finally:
-        attention._VARLEN_OPTIONS = before
 
 
 @contextlib.contextmanager

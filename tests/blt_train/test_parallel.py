@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.blt_train.parallel_ranks import WAYS, micro_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blt_model import BLT, preset
+from blt_model import BLT, AttentionBackend, preset
 from blt_model.layers import Block
 from blt_model.loss import cross_entropy_sum
 from blt_train.config import ActivationCheckpointing, ParallelConfig
@@ -166,16 +167,20 @@ def test_recomputing_changes_no_gradient_and_keeps_less() -> None:
     assert few_kept < 0.5 * all_kept
 
 
-class CountProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Counts the matrix products that are computed, whatever is answered from what was kept."""
+class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Counts the operations that are computed, whatever is answered from what was kept."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self._counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.mm.default
+        self._counts[func.name().split(".")[0]] += 1
         return func(*args, **(kwargs or {}))
+
+    def of(self, name: str) -> int:
+        """How many of a name, with its namespace and without an overload."""
+        return self._counts[name]
 
 
 def test_selective_recomputation_repeats_no_kept_product() -> None:
@@ -185,12 +190,38 @@ def test_selective_recomputation_repeats_no_kept_product() -> None:
         blocks = sum(isinstance(module, Block) for module in model.modules())
         recompute_blocks(model, mode)
         batch, wanted = micro_batch(0, 0, 8, patched=False)
-        with CountProducts() as products:
+        with CountOperations() as operations:
             cross_entropy_sum(model(batch), wanted).backward()  # type: ignore[no-untyped-call]
-        counts[mode] = products.count
+        counts[mode] = operations.of("aten::mm")
     # All but the last product of a block are made again in full, and the first alone where products are kept.
     assert counts[ActivationCheckpointing.FULL] == counts[ActivationCheckpointing.NONE] + 3 * blocks
     assert counts[ActivationCheckpointing.SELECTIVE] == counts[ActivationCheckpointing.NONE] + blocks
+
+
+@pytest.mark.parametrize("mode", ActivationCheckpointing)
+def test_what_is_computed_again_where_cuda_has_kernels(
+    mode: ActivationCheckpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without content: the path is CUDA's, and nothing is launched."""
+    pytest.importorskip("triton")
+    for module in ("layers", "fused", "loss"):
+        monkeypatch.setattr(f"blt_model.{module}.takes_kernels", lambda tensor: True)
+    monkeypatch.setattr("blt_model.layers.resolve_backend", lambda *_, **__: AttentionBackend.TRITON)
+    monkeypatch.setattr("blt_model.layers.compute_dtype", lambda tensor: tensor.dtype)  # no autocast to ask about
+    model, _ = meta_model(preset("entropy-debug"))
+    blocks = sum(isinstance(module, Block) for module in model.modules())
+    recompute_blocks(model, mode)
+    batch, wanted = micro_batch(0, 0, 8, patched=False)
+    with CountOperations() as forward:
+        loss = cross_entropy_sum(model(batch.to("meta")), wanted.to("meta"))
+    with CountOperations() as backward:
+        loss.backward()  # type: ignore[no-untyped-call]
+    kernels = {name: backward.of(f"blt_model::{name}") for name in ("split_heads", "silu_gate", "attend_tiles")}
+    again = blocks if mode is not ActivationCheckpointing.NONE else 0
+    whole = blocks if mode is ActivationCheckpointing.FULL else 0
+    assert kernels == {"split_heads": again, "silu_gate": again, "attend_tiles": whole}
+    # Two products for the gradients of each, and those that are made again; the last of a block never is.
+    assert backward.of("aten::mm") == 2 * forward.of("aten::mm") + 3 * whole
 
 
 @pytest.mark.skipif(

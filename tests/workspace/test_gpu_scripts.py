@@ -36,6 +36,12 @@ def test_speeds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert json.loads(last)["rows"] == rows
 
 
+def test_peak_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = recorded("peak_memory", [], tmp_path, monkeypatch)
+    assert [row["case"] for row in rows] == ["debug-entropy/64x2/none", "debug-blt/64x2/selective"]
+    assert all(float(str(row["reckoned GB"])) > 0 and math.isfinite(float(str(row["loss"]))) for row in rows)
+
+
 def test_numerics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = recorded("numerics", [], tmp_path, monkeypatch)
     assert {"loss of a BLT", "hash embeddings", "patches read bytes"} <= {str(row["what"]) for row in rows}

@@ -2,8 +2,8 @@
 
 The formulas follow the model's code tensor by tensor, as eager execution has them: what each operation saves, counted
 once where two share it. A test holds them to the bytes that real forward passes leave alive, on the CPU and, with
-tensors without content, on the path that CUDA takes. Compiled blocks keep less; they are counted as eager, so that the
-figure is an upper bound.
+tensors without content, on the path that CUDA takes where triton is installed. Compiled blocks keep less; they are
+counted as eager, so that the figure is an upper bound.
 
 Under autocast results of matrix products have the compute dtype, and so have residual streams (`HALF_STREAMS`); norms
 read, and keep, float32.
@@ -28,6 +28,7 @@ from blt_train.config import ActivationCheckpointing
 HALF_STREAMS = True
 
 _FLOAT32 = 4
+_INT32 = 4
 _INT64 = 8
 
 
@@ -42,7 +43,7 @@ class ActivationModel:
     """Bytes of a number in matrix products: 2 for bfloat16, 4 for float32."""
 
     is_cpu: bool
-    """The CPU's own norms, gates and attention keep less than what autograd asks for elsewhere."""
+    """The CPU's own norms and attention, and CUDA's kernels, keep less than what autograd asks for, each in its way."""
 
     def held(self, mode: ActivationCheckpointing, *, tokens: int, patches: int) -> dict[str, int]:
         """Return the bytes that one forward pass leaves for its backward pass, by part.
@@ -110,18 +111,25 @@ class ActivationModel:
             products = (0 if self.is_cpu else qkv) + mixed + gates
             return stream * width + attention + products
         norms = 2 * (_FLOAT32 * width + _FLOAT32 + compute * width)
-        rotated = 0 if self.is_cpu else compute * (width + kv_width)
-        silu = 0 if self.is_cpu else compute * inner
-        return norms + qkv + rotated + mixed + log_sums + gates + silu + compute * inner
+        # The kernel that splits heads takes widths that are powers of two; elsewhere both what was made and what was
+        # rotated stay.
+        is_split = self.is_cpu or stack.head_dim & (stack.head_dim - 1) == 0
+        rotated = 0 if is_split else compute * (width + kv_width)
+        return norms + qkv + rotated + mixed + log_sums + gates + compute * inner
 
     def _stack(self, stack: TransformerConfig, mode: ActivationCheckpointing, *, is_latent: bool = False) -> int:
         """Bytes per position of all blocks."""
         return stack.num_layers * self._block(stack, mode, is_latent=is_latent)
 
-    def _rotary(self, stack: TransformerConfig, mode: ActivationCheckpointing) -> int:
-        """Bytes per position of cosines and sines; on the CPU as complex numbers, and both where it is recomputed."""
-        both = self.is_cpu and mode is not ActivationCheckpointing.NONE
-        return _FLOAT32 * stack.head_dim * (2 if both else 1)
+    def _layout(self, stack: TransformerConfig, mode: ActivationCheckpointing) -> int:
+        """Bytes per position of what all blocks share: cosines and sines, and on CUDA which keys a query reads.
+
+        On the CPU the former are complex numbers, and both where they are recomputed.
+        """
+        rotary = _FLOAT32 * stack.head_dim
+        if not self.is_cpu:
+            return rotary + 2 * _INT32
+        return rotary if mode is ActivationCheckpointing.NONE else 2 * rotary
 
     def _head(self, width: int) -> int:
         """Bytes per token of the last norm, the logits and their gradient, which is made in the forward pass."""
@@ -131,7 +139,7 @@ class ActivationModel:
     def _held_by_byte_lm(self, config: ByteLMConfig, mode: ActivationCheckpointing, tokens: int) -> dict[str, int]:
         stack = config.transformer
         return {
-            "transformer": tokens * (self._stack(stack, mode) + self._rotary(stack, mode)),
+            "transformer": tokens * (self._stack(stack, mode) + self._layout(stack, mode)),
             "logits": tokens * self._head(stack.dim),
         }
 
@@ -144,15 +152,15 @@ class ActivationModel:
             config.decoder.rope_theta,
             config.decoder.head_dim,
         )
-        latent = self._stack(config.latent, mode, is_latent=True) + self._rotary(config.latent, mode)
+        latent = self._stack(config.latent, mode, is_latent=True) + self._layout(config.latent, mode)
         decoder = self._stack(config.decoder, mode)
         if not shares_layout:
-            decoder += self._rotary(config.decoder, mode)
+            decoder += self._layout(config.decoder, mode)
         if config.projects_patches:
             latent += self.compute_bytes * config.patch_dim
         return {
             "embedding": tokens * hashes,
-            "encoder": tokens * (self._stack(config.encoder, mode) + self._rotary(config.encoder, mode)),
+            "encoder": tokens * (self._stack(config.encoder, mode) + self._layout(config.encoder, mode)),
             "encoder_cross_attention": self._patches_read_bytes(config, mode, tokens, patches),
             "latent": patches * latent,
             "decoder": tokens * decoder,
@@ -172,11 +180,16 @@ class ActivationModel:
         pooled_from = compute * width if cross.pooling == Pooling.MAX and not is_kept else 0
         is_max = cross.pooling == Pooling.MAX
         pooled = stream * width if is_max or stream == compute else 0
-        pooling = pooled + (compute * width if stream != compute else 0) + (0 if is_max else _FLOAT32)
+        pooling = pooled + (compute * width if stream != compute else 0)
+        # Torch's operations keep the lengths that means are divided by.
+        pooling += _FLOAT32 if self.is_cpu and not is_max else 0
         segments = tokens * (_INT64 + pooled_from)
         # The norm reads float32, the query map its result, and the map to the output what attention gives.
         of_patch = cross.k * (_FLOAT32 * width + _FLOAT32 + 3 * compute * width)
-        of_token = _FLOAT32 + compute * width + compute * 2 * width + _FLOAT32 * cross.k * cross.num_heads
+        of_token = _FLOAT32 + compute * width + compute * 2 * width
+        # The weights, or in a kernel what they sum to.
+        sums = _FLOAT32 * cross.k * cross.num_heads
+        of_token, of_patch = (of_token + sums, of_patch) if self.is_cpu else (of_token, of_patch + sums)
         # Of a stream in half precision the norm keeps a copy; the decoder keeps a float32 one itself.
         of_token += _FLOAT32 * width if stream < _FLOAT32 else 0
         return segments + patches * (pooling + layers * of_patch) + tokens * layers * of_token
@@ -189,6 +202,8 @@ class ActivationModel:
         # Every layer's norm reads the same patches; in half precision each makes a float32 copy of its own.
         normed = cross.k * _FLOAT32 * width * (layers if is_half else 1)
         of_patch = cross.k * (_FLOAT32 + compute * width + compute * 2 * width)
-        of_token = _FLOAT32 * width + _FLOAT32 + 3 * compute * width + _FLOAT32 * cross.k * cross.num_heads
+        of_token = _FLOAT32 * width + _FLOAT32 + 3 * compute * width
+        # A kernel makes the weights anew.
+        of_token += _FLOAT32 * cross.k * cross.num_heads if self.is_cpu else 0
         latents = compute * config.latent.dim
         return patches * (latents + normed + layers * of_patch) + tokens * layers * of_token
