@@ -7,10 +7,11 @@
 At the shape of a `blt-1b` micro batch: 32,768 bytes in patches of 4.5, 16 heads of 64 numbers, 2 vectors a patch; and
 once more with the last 12,000 bytes in one patch, as padding is. Errors are against float64, the largest of results and
 gradients, each relative over all entries. Rates count every input and output once, and what backward reads again. Times
-are of the GPU alone, from a replayed graph of calls. Torch's operations compiled by Inductor, as they were part of
-compiled models, run only where `--cases` names "compiled". `--tune` times our kernels with many ways to cut the work
-instead. On the CPU our kernels run under TRITON_INTERPRET=1 only. The last line is JSON. Exits with 1 if an error is
-beyond its limit.
+of our kernels are of the GPU alone, from a replayed graph of calls. Torch's operations cannot all be captured in one:
+they are timed call by call, as the column "timed" says, with what the host takes where it is slower than the GPU.
+Compiled by Inductor, as they were part of compiled models, they run only where `--cases` names "compiled". `--tune`
+times our kernels with many ways to cut the work instead. On the CPU our kernels run under TRITON_INTERPRET=1 only. The
+last line is JSON. Exits with 1 if an error is beyond its limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tools.bench.gpu.attention import graph_seconds
-from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, report, settings
+from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, median_seconds, report, settings
 from tools.bench.gpu.texts import patch_lengths
 from torch import Tensor
 
@@ -166,6 +167,14 @@ def ways(problem: Problem, run: Settings) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
+def seconds_of(function: Callable[[], object], run: Settings, *, in_graph: bool) -> float:
+    """Seconds of a call."""
+    if in_graph:
+        return graph_seconds(function, run.device)
+    repeats, warmup = (7, 2) if run.device.type == "cuda" else (1, 0)
+    return median_seconds(function, run.device, repeats=repeats, warmup=warmup)
+
+
 def compare(problem: Problem, run: Settings) -> list[Row]:
     """Error and speed of every way."""
     reference = problem.results(problem.steps, torch.float64)
@@ -173,6 +182,8 @@ def compare(problem: Problem, run: Settings) -> list[Row]:
     for way, function in ways(problem, run).items():
         off = error(problem.results(function), reference)
         row: Row = {"what": problem.name, "way": way, "error": off, "ok": off < LIMITS[problem.upstream.dtype]}
+        in_graph = way == "kernels" and run.device.type == "cuda"
+        row["timed"] = "in a graph" if in_graph else "call by call"
         leaves = [leaf.clone().requires_grad_() for leaf in problem.leaves]
 
         def forward(of: Callable[..., Tensor] = function) -> Tensor:
@@ -182,9 +193,9 @@ def compare(problem: Problem, run: Settings) -> list[Row]:
         def both(of: Callable[..., Tensor] = function, inputs: list[Tensor] = leaves) -> Sequence[Tensor]:
             return torch.autograd.grad(of(*inputs), inputs, problem.upstream)
 
-        seconds = graph_seconds(forward, run.device)
+        seconds = seconds_of(forward, run, in_graph=in_graph)
         row |= {"forward ms": 1e3 * seconds, "forward GB/s": problem.forward_bytes / seconds / 1e9}
-        seconds = graph_seconds(both, run.device)
+        seconds = seconds_of(both, run, in_graph=in_graph)
         total = problem.forward_bytes + problem.backward_bytes
         rows.append({**row, "both ms": 1e3 * seconds, "both GB/s": total / seconds / 1e9})
     return rows
