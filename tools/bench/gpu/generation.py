@@ -4,10 +4,9 @@
     python -m tools.bench.gpu.generation --cases rows1/ --budget 60
 
 `blt-1b` with `entropy-100m`, random weights in bfloat16, patches of four bytes, CUDA graphs. The floor is the weights
-that must be read for one byte (entropy model, encoder, decoder; latent transformer and all that happens once a patch,
-the folding of the decoder's cross-attention included, divided by the patch length) and the keys and values that
-attention must read, over the bandwidth of a large copy measured here. Steps only: the prompt's own forward is reported
-apart. The last line is JSON.
+that must be read for one byte (entropy model, encoder, decoder; latent transformer and all that happens once a patch
+divided by the patch length) and the keys and values that attention must read, over the bandwidth of a large copy
+measured here. Steps only: the prompt's own forward is reported apart. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -51,22 +50,19 @@ def floor_bytes(model: BLT, lm: ByteLM, rows: int, context: float) -> float:
     """Bytes that a step must read: a byte for every row, with one row in PATCH_LENGTH completing a patch.
 
     Rows share the weights; the latent transformer's are read whenever any row completes a patch, and rows of equal
-    prompts complete theirs together. The decoder's query and output maps are read once a patch too, and for every byte
-    what they are folded into for its row; or for every byte, where that is less.
+    prompts complete theirs together.
     """
     config = model.config
     cross = list(model.decoder.cross_attention.values())
+    # Keys and values of patches are made once a patch, queries and outputs for every byte.
     once = bytes_of(*(layer.key_value for layer in cross), model.decoder.patch_projection)  # type: ignore[arg-type]
     per_patch = once + bytes_of(model.latent, model.encoder.patch_projection, model.encoder.cross_attention)
-    maps = bytes_of(*(layer.query for layer in cross), *(layer.output for layer in cross))  # type: ignore[arg-type]
-    per_byte = bytes_of(lm.blocks, lm.head, model.encoder.blocks, model.decoder) - once - maps
-    folded = len(cross) * 2 * config.cross_attention.num_heads * config.cross_attention.k * config.decoder.dim * 2
+    per_byte = bytes_of(lm.blocks, lm.head, model.encoder.blocks, model.decoder) - once
     hashes = config.hash_embedding.num_tables * config.encoder.dim * 2
     caches = cache_bytes(lm.config.transformer, context)
     caches += cache_bytes(config.encoder, context) + cache_bytes(config.decoder, context)
     caches += cache_bytes(config.latent, context / PATCH_LENGTH) / PATCH_LENGTH
-    cross_bytes = min(maps, rows * folded + maps / PATCH_LENGTH)
-    return per_byte + cross_bytes + per_patch / PATCH_LENGTH + rows * (caches + hashes)
+    return per_byte + per_patch / PATCH_LENGTH + rows * (caches + hashes)
 
 
 def make_models(run: Settings) -> tuple[BLT, ByteLM]:

@@ -1,20 +1,17 @@
-"""Linear maps of one row, and the folded reading of a patch: ways to launch their kernels, from replayed graphs.
+"""Linear maps of one row: ways to launch their kernel, from replayed graphs.
 
     python -m tools.bench.gpu.matvec
     python -m tools.bench.gpu.matvec --cases latent/gate,chain
-    python -m tools.bench.gpu.matvec --cases folded
 
 - *latent*, *local*, *entropy*: the maps of a block of `blt-1b`'s latent transformer, of its byte layers and of
   `entropy-100m`, in many shapes. A graph goes through many matrices, more than the level 2 cache holds, so that each
   launch depends on the one before it as in a model. `usual` is what the model takes.
 - *chain*: all four maps of a block after one another, in every layer.
-- *folded*: a byte reads a folded patch, layer after layer, in many shapes, and unfolded in three kernels; beside it
-  what folding a patch costs.
 
-Shapes read `rows x chunk, warps, ahead`. Figures are microseconds a launch, of folding a patch, and the share of the
-bandwidth of a large copy at which weights were read. Errors are against float64. Kernels are compiled first, in
-threads. On the CPU they run under TRITON_INTERPRET=1 only; without it only torch's own products are timed. The last
-line is JSON. Exits with 1 if an error is beyond its limit.
+Shapes read `rows x chunk, warps, ahead`. Figures are microseconds a launch, and the share of the bandwidth of a large
+copy at which weights were read. Errors are against float64. Kernels are compiled first, in threads. On the CPU they run
+under TRITON_INTERPRET=1 only; without it only torch's own products are timed. The last line is JSON. Exits with 1 if an
+error is beyond its limit.
 """
 
 from __future__ import annotations
@@ -31,12 +28,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, median_seconds, report, settings
 from torch import Tensor
 
-from blt_model.generation import fused
-from blt_model.generation.patch_reading import FoldedPatches
-from blt_model.generation.steps import CrossStep, Norm
-
 if TYPE_CHECKING:
-    from blt_model.generation.folding_kernels import ReadingShape
     from blt_model.generation.linear_kernels import LinearShape
 
 LIMIT = 1e-2
@@ -126,18 +118,17 @@ class Problem:
         *,
         x: Tensor | None = None,
         residual: Tensor | None = None,
-        following: Tensor | None = None,
     ) -> Tensor:
         """The kernel on a matrix, with all that comes with the map."""
         from blt_model.generation.linear_kernels import linear
 
         one, x = self.map, self.x if x is None else x
         if one.has_norm:
-            return linear(x, weight, norm=self.norm, eps=EPS, gated=one.gated, following=following, shape=shape)
+            return linear(x, weight, norm=self.norm, eps=EPS, gated=one.gated, shape=shape)
         stats = self.stats if one.heads else None
         source = self.parts if one.heads else x
         residual = self.residual if residual is None else residual
-        return linear(source, weight, stats=stats, residual=residual, following=following, shape=shape)
+        return linear(source, weight, stats=stats, residual=residual, shape=shape)
 
     def plain(self, weight: Tensor) -> Tensor:
         """The same by torch, without what comes before."""
@@ -164,8 +155,8 @@ class Problem:
     def chain(self, shape: LinearShape | None) -> None:
         """All matrices after one another, each on what the one before gave where that is long enough."""
         x = self.x
-        for weight, following in zip(self.weights, [*self.weights[1:], self.weights[0]], strict=True):
-            out = self.call(weight, shape, x=x, following=following)
+        for weight in self.weights:
+            out = self.call(weight, shape, x=x)
             x = out[:, : self.map.inputs] if self.map.outputs >= self.map.inputs else self.x
 
 
@@ -235,16 +226,15 @@ def usual(one: Map) -> LinearShape:
 
 def candidates(one: Map) -> dict[str, LinearShape]:
     """The shapes to time, by name."""
-    from blt_model.generation.linear_kernels import FETCH_FOLLOWING, FETCH_OWN, LinearShape
+    from blt_model.generation.linear_kernels import LinearShape
 
     taken = usual(one)
     chunks = -(-one.words // 128)
-    found = {"usual": taken, "before": before(one), "usual, following fetched": replace(taken, fetch=FETCH_FOLLOWING)}
+    found = {"usual": taken, "before": before(one)}
     if one.heads:
         shapes = [replace(taken, rows=rows, warps=warps) for rows in (2, 4, 8, 16) for warps in (4, 8)]
     else:
-        fewer = replace(taken, ahead=max(1, min(taken.ahead, chunks) // 2))
-        found |= {"half ahead": fewer, "half ahead, own fetched": replace(fewer, fetch=FETCH_OWN)}
+        found["half ahead"] = replace(taken, ahead=max(1, min(taken.ahead, chunks) // 2))
         forms = ((4, 128, 4), (8, 128, 4), (16, 128, 4), (8, 128, 8), (16, 128, 8), (8, 256, 4), (8, 256, 8))
         shapes = [LinearShape(rows=rows, chunk=chunk, warps=warps, ahead=1) for rows, chunk, warps in forms]
     for shape in shapes:
@@ -290,12 +280,12 @@ def map_rows(one: Map, run: Settings, bandwidth: float) -> list[Row]:
     if not has_kernels(run):
         return rows
     shapes, wanted = candidates(one), problem.expected(first)
-    failures = compiled([lambda s=s: problem.call(first, s, following=first) for s in shapes.values()], run)  # type: ignore[misc]  # mypy knows no type of s
+    failures = compiled([lambda s=s: problem.call(first, s) for s in shapes.values()], run)  # type: ignore[misc]  # mypy knows no type of s
     for (name, shape), failure in zip(shapes.items(), failures, strict=True):
         if failure:
             rows.append({"case": one.name, "shape": name, "ok": False, "failure": failure})
             continue
-        error = relative(problem.call(first, shape, following=first), wanted)
+        error = relative(problem.call(first, shape), wanted)
         rows.append(figures(name, seconds_of(lambda s=shape: problem.chain(s), run), error))  # type: ignore[misc]  # mypy knows no type of s
     with independent():
         rows.append(figures("usual, one after another", seconds_of(lambda: problem.chain(None), run), None))
@@ -306,31 +296,22 @@ def block_chain(problems: Sequence[Problem], shapes: Sequence[LinearShape | None
     """Every layer's four maps as a block has them, without attention."""
     qkv, output, gate, down = problems
     x = qkv.x
-    layers = len(qkv.weights)
-    for layer in range(layers):
-        weights = [problem.weights[layer] for problem in problems]
-        after = qkv.weights[(layer + 1) % layers]
-        qkv.call(weights[0], shapes[0], x=x, following=weights[1])
-        x = output.call(weights[1], shapes[1], residual=x, following=weights[2])
-        hidden = gate.call(weights[2], shapes[2], x=x, following=weights[3])
-        x = down.call(weights[3], shapes[3], x=hidden, residual=x, following=after)
+    for weights in zip(*(problem.weights for problem in problems), strict=True):
+        qkv.call(weights[0], shapes[0], x=x)
+        x = output.call(weights[1], shapes[1], residual=x)
+        hidden = gate.call(weights[2], shapes[2], x=x)
+        x = down.call(weights[3], shapes[3], x=hidden, residual=x)
 
 
 def chain_rows(name: str, maps: Sequence[Map], run: Settings, bandwidth: float) -> list[Row]:
     """Figures of whole blocks without attention."""
-    from blt_model.generation.linear_kernels import FETCH_FOLLOWING
-
     layers = 2 if run.tiny else {"latent": 8, "local": 16, "entropy": 24}[name]
     problems = [Problem.of(one, run, layers) for one in maps]
     size = sum(weight.numel() * weight.element_size() for problem in problems for weight in problem.weights)
     taken = [usual(one) for one in maps]
-    ways = {
-        "usual": taken,
-        "before": [before(one) for one in maps],
-        "usual, following fetched": [replace(shape, fetch=FETCH_FOLLOWING) for shape in taken],
-    }
+    ways = {"usual": taken, "before": [before(one) for one in maps]}
     each = [(problem, shape) for shapes in ways.values() for problem, shape in zip(problems, shapes, strict=True)]
-    compiled([lambda p=p, s=s: p.call(p.weights[0], s, following=p.weights[0]) for p, s in each], run)  # type: ignore[misc]  # mypy knows no type of p and s
+    compiled([lambda p=p, s=s: p.call(p.weights[0], s) for p, s in each], run)  # type: ignore[misc]  # mypy knows no type of p and s
     rows: list[Row] = []
 
     def measure(label: str, shapes: Sequence[LinearShape | None]) -> None:
@@ -345,83 +326,6 @@ def chain_rows(name: str, maps: Sequence[Map], run: Settings, bandwidth: float) 
     return rows
 
 
-def cross_layers(count: int, dim: int, heads: int, run: Settings) -> list[CrossStep]:
-    """Cross-attentions of random numbers."""
-
-    def made(*shape: int) -> Tensor:
-        return torch.randn(shape, device=run.device).div(dim**0.5).to(half_dtype(run))
-
-    def norm() -> Norm:
-        return Norm(torch.ones(dim, device=run.device, dtype=half_dtype(run)), EPS)
-
-    return [
-        CrossStep(norm(), norm(), made(dim, dim), made(2 * dim, dim), made(dim, dim), dim // heads, 1)
-        for _ in range(count)
-    ]
-
-
-def folded_rows(run: Settings) -> list[Row]:
-    """Figures of reading a patch, folded and not, and of folding."""
-    from blt_model.generation import folding_kernels
-
-    count, dim, heads, vectors = (2, 64, 4, 2) if run.tiny else (9, 1024, 16, 2)
-    layers = cross_layers(count, dim, heads, run)
-    reading = FoldedPatches(layers, 1, vectors)
-    patch = torch.randn(1, vectors, dim, device=run.device).to(half_dtype(run))
-    row = torch.zeros(1, dtype=torch.int64, device=run.device)
-    reading.put(row, patch)
-    x = torch.randn(1, dim, device=run.device).to(half_dtype(run))
-    held = [tuple(tensor.contiguous() for tensor in layer.keys_values(patch)) for layer in layers]
-    wide = [tensor.double() for tensor in (x, layers[0].query, layers[0].output, *held[0])]
-    query = F.rms_norm(wide[0], (dim,), None, EPS) @ wide[1].T
-    mixed = F.scaled_dot_product_attention(query.view(1, heads, 1, -1), wide[3], wide[4]).flatten(1)
-    wanted = wide[0] + mixed @ wide[2].T
-
-    def folded(index: int, state: Tensor, shape: ReadingShape | None) -> Tensor:
-        maps = reading.score_map[index], reading.output_map[index]
-        result: Tensor = folding_kernels.read_folded(state, *maps, heads, residual=1.0, eps=EPS, shape=shape)
-        return result
-
-    def unfolded(index: int, state: Tensor) -> Tensor:
-        return fused.read_patches(layers[index], state, *held[index])
-
-    def repeated(read: Callable[[int, Tensor], Tensor]) -> None:
-        state = x
-        for index in range(2 * count):
-            state = read(index % count, state)
-
-    taken = folding_kernels.reading_shape(dim, dim // 2, heads * vectors)
-    shapes = [replace(taken, block=block, warps=warps) for block in (16, 32, 64, 128) for warps in (4, 8, 16)]
-    if run.tiny:
-        shapes = [taken]
-    failures = compiled([lambda s=s: folded(0, x, s) for s in shapes], run)  # type: ignore[misc]  # mypy knows no type of s
-    rows: list[Row] = []
-    for shape, failure in zip(shapes, failures, strict=True):
-        name = f"{'usual, ' if shape == taken else ''}{shape.block} outputs, {shape.warps} warps"
-        if failure:
-            rows.append({"case": "folded", "shape": name, "ok": False, "failure": failure})
-            continue
-        error = relative(folded(0, x, shape), wanted)
-        seconds = seconds_of(lambda s=shape: repeated(lambda index, state: folded(index, state, s)), run)  # type: ignore[misc]  # mypy knows no type of s
-        rows.append(
-            {"case": "folded", "shape": name, "us": 1e6 * seconds / (2 * count), "error": error, "ok": error < LIMIT}
-        )
-    error = relative(unfolded(0, x), wanted)
-    seconds = seconds_of(lambda: repeated(unfolded), run)
-    rows.append(
-        {
-            "case": "folded",
-            "shape": "three kernels",
-            "us": 1e6 * seconds / (2 * count),
-            "error": error,
-            "ok": error < LIMIT,
-        }
-    )
-    seconds = seconds_of(lambda: reading.put(row, patch), run)
-    rows.append({"case": "fold", "shape": "keys, values and both maps", "us": 1e6 * seconds, "ok": True})
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cases for which there is time."""
     run = settings(__doc__, arguments, budget=60)
@@ -433,8 +337,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, maps in blocks.items():
             if has_kernels(run) and run.wants(f"chain/{name}"):
                 rows += chain_rows(name, maps, run, bandwidth)
-        if has_kernels(run) and run.wants("folded"):
-            rows += folded_rows(run)
         for one in (one for maps in blocks.values() for one in maps):
             if run.wants(one.name):
                 rows += map_rows(one, run, bandwidth)

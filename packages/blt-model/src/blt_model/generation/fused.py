@@ -159,16 +159,11 @@ class PatchKeys:
         self._eps = layers[0].key_norm.eps
         self._width = layers[0].head_dim
 
-    def product(self, vectors: Tensor) -> Tensor:
-        """Keys, then values, [L, m * K, 2 * dim] of vectors [m, K, dim], with the heads side by side."""
-        dim = vectors.shape[2]
-        flat = F.rms_norm(vectors, (dim,), None, self._eps).view(1, -1, dim)
-        return torch.matmul(flat, self._weight.transpose(1, 2))
-
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
-        count, each, _ = vectors.shape
-        heads = self.product(vectors)
+        count, each, dim = vectors.shape
+        flat = F.rms_norm(vectors, (dim,), None, self._eps).view(1, -1, dim)
+        heads = torch.matmul(flat, self._weight.transpose(1, 2))
         key, value = heads.view(len(heads), count, each, 2, -1, self._width).permute(3, 0, 1, 4, 2, 5).unbind(0)
         return key, value
 

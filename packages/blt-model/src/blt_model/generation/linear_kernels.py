@@ -25,44 +25,8 @@ from torch import Tensor
 
 from blt_model.generation.kernels import KINDS, dependence, numbers
 
-NO_FETCH, FETCH_OWN, FETCH_FOLLOWING = 0, 1, 2
-
-
-@triton.jit
-def _fetch(words, count):
-    """Have words brought to the level 2 cache, a multiple of four of them from an address that 16 divides."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [words.to(tl.int64), count * 4],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _fetch_rows(weight, start, outputs, rows: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr):
-    """Have a program's own weights brought to the level 2 cache."""
-    for half in tl.static_range(HALVES):
-        first = (start + half * outputs).to(tl.int64)
-        _fetch(weight + first * WORDS, tl.minimum(outputs - start, rows) * WORDS)
-
-
-@triton.jit
-def _fetch_share(weight, words):
-    """Have a program's share of all words of a map brought to the level 2 cache."""
-    share = tl.cdiv(tl.cdiv(words, tl.num_programs(0)), 4) * 4
-    left = tl.minimum(words - tl.program_id(0) * share, share)
-    if left > 0:
-        _fetch(weight + tl.program_id(0).to(tl.int64) * share, left)
+_HELD = 44
+"""Registers of a thread for weights that are under way: measured on an H200, fewer or more are slower."""
 
 
 @triton.jit
@@ -130,11 +94,9 @@ def _linear_one(
     norm,
     residual,
     out,
-    following,
     outputs,
     eps,
     residual_scale,
-    following_words,
     kind: tl.constexpr,
     WORDS: tl.constexpr,
     NORM: tl.constexpr,
@@ -148,7 +110,6 @@ def _linear_one(
     GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
     AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
     EXACT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -175,10 +136,6 @@ def _linear_one(
         if GATED:
             tiles = tiles + (_chunk(other, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
     if DEPENDENT:
-        if FETCH == 1:
-            _fetch_rows(weight, start, outputs, EACH * GROUPS, WORDS, 2 if GATED else 1)
-        if FETCH == 2:
-            _fetch_share(following, following_words)
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
     gate_sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
@@ -228,9 +185,6 @@ class LinearShape:
     warps: int
     ahead: int
     """Chunks under way at once, so many before the wait."""
-    fetch: int = NO_FETCH
-    """What is brought to the level 2 cache before the wait: the program's own weights, or the map's after this one."""
-
     registers: int | None = None
     """Of a thread, at most; None for as many as the compiler takes, which are fewer where it need not count them."""
 
@@ -244,11 +198,9 @@ class LinearShape:
 def linear_shape(outputs: int, words: int, *, gated: bool, joined: bool) -> LinearShape:
     """The launch shape for a map of one row.
 
-    All weights of a program are under way before the wait, in at most 96 registers of a thread, and 128 at most are
-    taken in all: so four programs are resident at once, and what they wait for is up to 180 KB a multiprocessor. The
-    more programs there are, the sooner the first are replaced by others, of this map or of the next; but 256 keep all
-    multiprocessors busy, and a larger one reads x for more outputs. Chunks are of one warp's width, so that no sum
-    crosses warps.
+    The more programs there are, the sooner the first are replaced by others, of this map or of the next; so each takes
+    few outputs, and has no more weights under way than lets many programs be resident at once. Chunks are of one
+    warp's width, so that no sum crosses warps.
 
     Args:
         outputs: N; of each half where the map is gated.
@@ -259,12 +211,8 @@ def linear_shape(outputs: int, words: int, *, gated: bool, joined: bool) -> Line
     if joined:
         rows = 8 if outputs >= 8 * 256 else 4
         return LinearShape(rows=rows, chunk=triton.next_power_of_2(words), warps=4, ahead=1)
-    chunks, each = triton.cdiv(words, 128), 8 if gated else 4
-    rows = 8 if outputs >= 8 * 256 and 2 * each * chunks <= 64 else 4
-    ahead = min(chunks, 96 // (each * rows // 4))
-    held = each * rows // 4 * ahead
-    registers = 128 if held > 64 or (gated and held == 64) else None
-    return LinearShape(rows=rows, chunk=128, warps=4, ahead=ahead, registers=registers)
+    each = 8 if gated else 4
+    return LinearShape(rows=4, chunk=128, warps=4, ahead=min(triton.cdiv(words, 128), _HELD // each))
 
 
 def _linear_rows(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None, residual_scale: float) -> Tensor:
@@ -288,7 +236,6 @@ def linear(
     residual: Tensor | None = None,
     residual_scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    following: Tensor | None = None,
     shape: LinearShape | None = None,
 ) -> Tensor:
     """A linear map of few rows: a kernel of its own for one row, torch's matrix products for more.
@@ -303,7 +250,6 @@ def linear(
         residual: [n, N] to add to the result; None for none.
         residual_scale: times which it is added.
         dtype: of the result; None for the weight's.
-        following: contiguous weights of the map after this one, for shapes that fetch them; None for none.
         shape: of the kernel for one row; None for what `linear_shape` says.
 
     Returns:
@@ -317,7 +263,7 @@ def linear(
         kind = dtype or weight.dtype
         return _linear_rows(x.to(kind), weight.to(kind), gated, residual, residual_scale)
     out = x.new_empty((1, len(weight) // (2 if gated else 1)), dtype=dtype or weight.dtype)
-    _launch_one(x, weight, norm, eps, stats, gated, residual, residual_scale, out, following, shape)
+    _launch_one(x, weight, norm, eps, stats, gated, residual, residual_scale, out, shape)
     return out
 
 
@@ -331,7 +277,6 @@ def _launch_one(
     residual: Tensor | None,
     residual_scale: float,
     out: Tensor,
-    following: Tensor | None,
     shape: LinearShape | None,
 ) -> None:
     """What `linear` does for one row, into out [1, N]."""
@@ -339,8 +284,6 @@ def _launch_one(
     splits, heads, width = (0, 1, 1) if stats is None else (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     if shape is None:
         shape = linear_shape(outputs, words, gated=gated, joined=stats is not None)
-    fetch = NO_FETCH if shape.fetch == FETCH_FOLLOWING and following is None else shape.fetch
-    fetched = following if fetch == FETCH_FOLLOWING and following is not None else weight
     # Pointers that are not read still have to be some.
     _linear_one[(triton.cdiv(outputs, shape.rows),)](
         x if stats is not None else x.view(torch.int32),
@@ -349,11 +292,9 @@ def _launch_one(
         weight.view(torch.int32) if norm is None else norm.view(torch.int32),
         x if residual is None else residual,
         out,
-        fetched.view(torch.int32),
         outputs,
         eps,
         residual_scale,
-        fetched.numel() * fetched.element_size() // 4,
         kind=KINDS[weight.dtype],
         WORDS=words,
         NORM=norm is not None,
@@ -367,7 +308,6 @@ def _launch_one(
         GROUPS=shape.groups,
         CHUNK=shape.chunk,
         AHEAD=shape.ahead,
-        FETCH=fetch,
         EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
         **dependence(),
         num_warps=shape.warps,

@@ -1,6 +1,6 @@
 """Patches as they become complete: what holds their bytes until then, and the latent transformer's steps.
 
-Legend: B rows, m rows that complete a patch, S bytes of the longest of those patches, K vectors of a patch.
+Legend: B rows, m rows that complete a patch, S bytes of the longest of those patches, K vectors of a patch, H heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from blt_model.blt import BLT
 from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
 from blt_model.cross_attention import CrossAttention
 from blt_model.generation import fused
-from blt_model.generation.patch_reading import patch_reading
 from blt_model.generation.prefill import Filler, PackedTexts, TextPatches, offsets_of
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps, pool_patches
 
@@ -39,13 +38,18 @@ class PatchSteps:
         projection = model.latent.projection
         self._latent_projection = None if projection is None else projection.weight
         self._encoder_cross = cross_steps(encoder.cross_attention)
+        self._decoder_cross = cross_steps(decoder.cross_attention)
         blocks = block_steps(model.latent.blocks)
         self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
+        self._patch_keys = fused.PatchKeys(self._decoder_cross) if is_fused else None
         self.latent = AttentionCache(config.latent, rows, dtype=weight.dtype, device=weight.device)
         self.open_bytes = weight.new_zeros((len(self._encoder_cross), rows, open_capacity, config.encoder.dim))
         """[encoder layers with cross-attention, B, capacity, dim] byte states of open patches."""
-        layers = cross_steps(decoder.cross_attention)
-        self.reading = patch_reading(layers, rows, config.cross_attention.k, is_fused=is_fused)
+        heads = config.cross_attention.num_heads
+        shape = (len(self._decoder_cross), rows, heads, config.cross_attention.k, config.encoder.dim // heads)
+        self.keys = weight.new_zeros(shape)
+        self.values = weight.new_zeros(shape)
+        """[decoder layers with cross-attention, B, H, K, E] of every row's newest complete patch."""
 
     @property
     def open_capacity(self) -> int:
@@ -108,11 +112,23 @@ class PatchSteps:
         """Make latent outputs [m, width] those that rows, int64 [m], read from now on."""
         projected = F.linear(latents, self._decoder_projection)
         vectors = projected.view(len(latents), self._config.cross_attention.k, -1)
-        self.reading.put(rows, vectors)
+        if self._patch_keys is not None:
+            keys, values = self._patch_keys(vectors)
+            self.keys.index_copy_(1, rows, keys)
+            self.values.index_copy_(1, rows, values)
+            return
+        for index, cross in enumerate(self._decoder_cross):
+            keys, values = cross.keys_values(vectors)
+            self.keys[index].index_copy_(0, rows, keys)
+            self.values[index].index_copy_(0, rows, values)
 
     def read(self, index: int, x: Tensor) -> Tensor:
         """Let the bytes [n, dim] of the first n rows read, in the decoder's index-th layer with cross-attention."""
-        return self.reading.read(index, x)
+        count = len(x)
+        cross = self._decoder_cross[index]
+        if self._patch_keys is not None:
+            return fused.read_patches(cross, x, self.keys[index], self.values[index])
+        return cross(x[:, None], self.keys[index, :count], self.values[index, :count]).squeeze(1)
 
     def copy_row(self, source: int, target: int, *, patches: int, open_length: int) -> None:
         """Copy a row over another.
@@ -125,7 +141,8 @@ class PatchSteps:
         """
         self.latent.copy_row(source, target, patches)
         self.open_bytes[:, target, :open_length] = self.open_bytes[:, source, :open_length]
-        self.reading.copy_row(source, target)
+        for buffer in (self.keys, self.values):
+            buffer[:, target] = buffer[:, source]
 
 
 class BLTFiller:
