@@ -72,8 +72,8 @@ def test_gate(kernels: ModuleType, dtype: torch.dtype, rows: int, count: int) ->
     found = pointwise.silu_gate(gate_value)
     assert found.dtype == dtype
     assert_close(found, wanted)
-    found.backward(upstream)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    wanted.backward(upstream.double())
+    torch.autograd.backward(found, upstream)
+    torch.autograd.backward(wanted, upstream.double())
     assert_close(gate_value.grad, wide.grad)
 
 

@@ -186,8 +186,8 @@ def _own_tile(tiles, count, index, num_queries, QUERIES: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "num_queries", "carried", "num_heads", "repeats"])
 def _attention_forward(
     query, key, value, first, tiles, output, sums, num_tiles, query_step, query_head, key_step, key_head, value_step,
-    value_head, num_queries, carried, num_heads, repeats, scale, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
+    value_head, num_queries, carried, num_heads, repeats, scale, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; heads vary fastest, and late tiles, of long documents, come first."""
     head = tl.program_id(0) % num_heads

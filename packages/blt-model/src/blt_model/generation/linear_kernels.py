@@ -3,9 +3,8 @@
 With what comes before it (normalisation, or the joining of attention's parts) and after it (residual, SwiGLU) it is one
 launch. More rows than one go through torch's matrix products, with kernels for what is around them.
 
-A chain of such maps costs what reading the weights costs only if reading never stops. So a kernel lets the next one
-begin at once, and every program begins with all its loads that depend on nothing: as soon as the first programs end,
-the next kernel's are loading.
+A chain of such maps costs what reading the weights costs only if reading never stops. So every program begins with
+loads that depend on nothing, and then lets the next kernel begin: as soon as the first programs end, its are loading.
 
 As in `kernels`, sums are taken in float32 and in a fixed order, and the module needs triton.
 
@@ -118,9 +117,6 @@ def _linear_one(
     The words of a chunk lie along a warp, or several, and the groups' outputs in different warps: so what a warp reads
     of x serves all its outputs, and sums stay within it.
     """
-    # The kernel after this one has weights to load too, and the one after that.
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
     chunks: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
     begun: tl.constexpr = chunks if chunks < AHEAD else AHEAD
     held: tl.constexpr = 1 if kind == tl.float32 else 2
@@ -136,6 +132,8 @@ def _linear_one(
         if GATED:
             tiles = tiles + (_chunk(other, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
     if DEPENDENT:
+        # Earlier, and the next kernel's waiting programs would take room from what runs beside.
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
     gate_sums = tl.zeros([EACH, GROUPS, CHUNK], dtype=tl.float32)
