@@ -162,24 +162,27 @@ def test_more_ranks_need_less_each_and_kept_gradients_are_whole() -> None:
     assert MemoryModel(architecture, reduced, 8).phases(batch)["forward"]["gradients"] < kept / 4
 
 
-@pytest.mark.skip(
-    reason="measured before CUDA had kernels of our own, which keep less; tools.bench.gpu.peak_memory measures anew"
-)
 @pytest.mark.parametrize(
-    ("name", "sequence", "micro", "measured"), [("entropy-100m", 4096, 16, 34e9), ("blt-400m", 8192, 8, 80e9)]
+    ("name", "sequence", "micro", "mode", "measured"),
+    [
+        ("entropy-100m", 4096, 16, "none", 24.76e9),
+        ("blt-400m", 8192, 8, "none", 69.39e9),
+        ("blt-400m", 8192, 8, "selective", 61.18e9),
+    ],
 )
-def test_peaks_measured_on_a_gpu(name: str, sequence: int, micro: int, measured: float) -> None:
-    """Figures of docs/benchmarks.md: one micro batch a step, eager, bfloat16, on an H200."""
+def test_peaks_measured_on_a_gpu(name: str, sequence: int, micro: int, mode: str, measured: float) -> None:
+    """Figures of tools.bench.gpu.peak_memory on an H200: what fits by the plan fits."""
     config = load_config(
         name,
         [
             f"data.sequence_tokens={sequence}",
             f"batch.sequences_per_step={micro}",
             f"batch.sequences_per_micro_batch={micro}",
+            f"parallel.activation_checkpointing={mode}",
             "logging.update_norm=false",
         ],
     )
-    assert memory_bytes(config) == pytest.approx(measured, rel=0.06)
+    assert measured < memory_bytes(config) < 1.16 * measured
 
 
 def test_time_follows_from_arithmetic() -> None:
