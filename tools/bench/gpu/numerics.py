@@ -353,7 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "generation": generation_rows,
         "attention": attention_rows,
     }
-    rows = [row for name, part in parts.items() if run.wants(name) for row in part(run, rng)]
+    rows: list[Row] = []
+    for name, part in parts.items():
+        for row in part(run, rng) if run.wants(name) else ():
+            # At once: a run that is cut short has shown what it found.
+            print(row, flush=True)
+            rows.append(row)
     report("numerics", run, rows, seed=seed)
     if not all(row["ok"] for row in rows):
         raise SystemExit(1)
