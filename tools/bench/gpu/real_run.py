@@ -43,6 +43,8 @@ BLT_SHAPE: dict[str, Any] = {
 """53 million parameters, 7 million of them in hash tables: the text is small."""
 TEXT_BYTES = 18_000_000
 """Less than the sample has, so that no document is there twice, once to train on and once held out."""
+EPOCHS = 5
+"""Times through the text after which the BLT would begin to learn it by heart."""
 
 
 def stage_config(run: Settings, folder: Path, kind: str, steps: int, **values: Any) -> Any:
@@ -126,7 +128,8 @@ def go(run: Settings, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     write_shards(held, folder / "bytes-holdout", shards=1)
     sequence = 256 if run.tiny else 8192
     data = {"sequence_tokens": sequence, "train": str(folder / "bytes-train"), "holdout": str(folder / "bytes-holdout")}
-    steps = (4, 4) if run.tiny else (max(20, int(1.6 * run.budget)), max(20, int(3.5 * run.budget)))
+    most = EPOCHS * sum(map(len, kept)) // (16 * sequence)
+    steps = (4, 4) if run.tiny else tuple(max(20, min(most, int(rate * run.budget))) for rate in (1.6, 3.5))
     started = time.perf_counter()
     entropy = train(stage_config(run, folder, "entropy", steps[0], data=data))
     table = [figures("entropy LM", entropy, time.perf_counter() - started)]
