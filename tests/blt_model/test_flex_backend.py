@@ -71,7 +71,7 @@ def test_refuses_what_it_cannot_compile_for(monkeypatch: pytest.MonkeyPatch) -> 
         resolve_backend("flex", torch.device("cpu"), torch.float32)
     with pytest.raises(ModelError, match=r"got torch\.float64"):
         resolve_backend("flex", cuda, torch.float64)
-    monkeypatch.setattr("blt_model.flex_backend._HAS_TRITON", False)
+    monkeypatch.setattr("blt_model.flex_backend.HAS_TRITON", False)
     with pytest.raises(ModelError, match="needs the compiler triton"):
         resolve_backend("flex", cuda, torch.bfloat16)
 

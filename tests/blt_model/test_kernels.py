@@ -1,8 +1,5 @@
 """The Triton kernels of generation against the plain steps: on CUDA as they are, elsewhere by Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor, nn
 
 from blt_model.byte_lm import next_byte_entropy
@@ -21,8 +19,6 @@ from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.layers import Block
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter knows no bfloat16; float32 on CUDA may go through TF32 in torch's own products.
 DTYPES = [torch.bfloat16] if CUDA else [torch.float32]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -33,31 +29,18 @@ def seed() -> int:
     return fresh_seed()
 
 
-def in_interpreter() -> bool:
-    """Whether Triton runs its functions itself; it decides that when it is loaded."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @pytest.fixture
 def kernels() -> ModuleType:
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     from blt_model.generation import kernels as module
 
     return module
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """All other tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def error(ours: Tensor, reference: Tensor) -> float:

@@ -1,15 +1,13 @@
 """The kernel for a linear map of one row in all its shapes, against float64; where it runs, see `test_kernels`."""
 
-import os
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from tests.blt_model.generation_oracle import fresh_seed
-from tests.blt_model.test_kernels import CUDA, error, in_interpreter, random
+from tests.blt_model.test_kernels import error, random
+from tests.blt_model.triton_runs import CUDA, compiles, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor
 
 # The interpreter knows no bfloat16.
@@ -25,27 +23,19 @@ def seed() -> int:
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     from blt_model.generation import linear_kernels as module
 
     return module
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """All other tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(in_interpreter(), reason="Triton interprets")
+@compiles
 @pytest.mark.parametrize("sizes", [(6144, 2048, False), (5632, 2048, True), (2048, 5632, False)], ids=str)
 def test_compiles_for_hopper(sizes: tuple[int, int, bool]) -> None:
     """Without a GPU; and the loads of the first weights come before the wait, as they would be slow behind it."""

@@ -1,29 +1,20 @@
 """The kernels between a block's products against plain operations: on CUDA, elsewhere by Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor
 
 from blt_model import pointwise
 from blt_model.layers import rotary_tables, rotate
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter knows no bfloat16.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def in_interpreter() -> bool:
-    """Whether Triton runs its functions itself; it decides that when it is loaded."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
@@ -33,24 +24,16 @@ def seeded() -> None:
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     from blt_model import pointwise_kernels
 
     return pointwise_kernels
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """All other tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def assert_close(found: Tensor | None, wanted: Tensor | None) -> None:
@@ -63,13 +46,13 @@ def assert_close(found: Tensor | None, wanted: Tensor | None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "count"), [(0, 8), (1, 1), (3, 40), (5, 1030)])
-def test_gate(kernels: ModuleType, dtype: torch.dtype, rows: int, count: int) -> None:
+def test_swiglu(kernels: ModuleType, dtype: torch.dtype, rows: int, count: int) -> None:
     gate_value = torch.randn(rows, 2 * count, device=DEVICE).to(dtype).requires_grad_()
     upstream = torch.randn(rows, count, device=DEVICE).to(dtype)
     wide = gate_value.detach().double().requires_grad_()
     gate, value = wide.chunk(2, dim=-1)
     wanted = F.silu(gate) * value
-    found = pointwise.silu_gate(gate_value)
+    found = pointwise.swiglu(gate_value)
     assert found.dtype == dtype
     assert_close(found, wanted)
     torch.autograd.backward(found, upstream)
@@ -115,4 +98,4 @@ def test_operations_are_what_torch_expects() -> None:
     flat = torch.randn(40, 3 * 4 * 16, device=DEVICE, requires_grad=True)
     cosine, sine = rotary_tables(torch.arange(40, device=DEVICE), 16, 10_000.0)
     torch.library.opcheck(torch.ops.blt_model.split_heads, (flat, cosine, sine, 4, 4, None, None))
-    torch.library.opcheck(torch.ops.blt_model.silu_gate, (flat,))
+    torch.library.opcheck(torch.ops.blt_model.swiglu, (flat,))

@@ -1,14 +1,12 @@
 """Gradients of looked-up rows that are added in place, against autograd's own; and the kernels that add them."""
 
-import os
-import subprocess
-import sys
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.triton_runs import DEVICE, compiles, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor
 
 from blt_model import BLT, BLTConfig, pack_documents, preset
@@ -18,8 +16,6 @@ from blt_model.loss import cross_entropy_sum
 from blt_model.packed import PackedBatch
 from blt_model.row_gradients import add_rows
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 CONFIGS = {
     "plain": HashEmbeddingConfig(table_size=61),
     "few rows": HashEmbeddingConfig(table_size=3, num_functions=2),
@@ -32,34 +28,21 @@ def seed() -> int:
     return fresh_seed()
 
 
-def in_interpreter() -> bool:
-    """Whether Triton runs its functions itself; it decides that when it is loaded."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @pytest.fixture
 def kernels() -> ModuleType:
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     from blt_model import row_kernels as module
 
     return module
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """The kernel tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "kernel", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__, "-k", "kernel")
 
 
-@pytest.mark.skipif(in_interpreter(), reason="Triton interprets")
+@compiles
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_compiles_for_hopper(is_weighted: bool) -> None:
     """The interpreter takes programs that the compiler refuses; the compiler needs no GPU."""

@@ -1,15 +1,13 @@
 """The Triton kernels over segments against torch's operations in float64: on CUDA, or by Triton's interpreter."""
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.triton_runs import CUDA, DEVICE, compiles, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor
 
 from blt_model import BLT, BLTConfig, pack_documents, preset, segment_operators
@@ -23,8 +21,6 @@ from blt_model.segments import (
     segment_mean_by_steps,
 )
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter knows no bfloat16.
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -32,34 +28,21 @@ SHAPES = [(1, 2, 16), (2, 2, 64), (3, 3, 12), (4, 1, 8)]
 """K, H and E; the third are no powers of two."""
 
 
-def in_interpreter() -> bool:
-    """Whether Triton runs its functions itself; it decides that when it is loaded."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @pytest.fixture
 def rng() -> np.random.Generator:
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     seed = fresh_seed()
     torch.manual_seed(seed)
     return np.random.default_rng(seed)
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """All other tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(in_interpreter(), reason="Triton interprets")
+@compiles
 @pytest.mark.parametrize("vectors", [2, 3])
 def test_compiles_for_hopper(vectors: int) -> None:
     """The interpreter takes programs that the compiler refuses; the compiler needs no GPU."""

@@ -1,50 +1,33 @@
 """The Triton kernels at both ends of a training step against torch's operations: on CUDA, or interpreted by Triton."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 
 from blt_model import cross_entropy_and_z_sum
 from blt_model.config import HashEmbeddingConfig
 from blt_model.hash_embedding import hash_rows
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter knows no bfloat16.
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]
-
-
-def in_interpreter() -> bool:
-    """Whether Triton runs its functions itself; it decides that when it is loaded."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh random numbers, and kernels wherever they can run."""
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     torch.manual_seed(fresh_seed())
     monkeypatch.setattr("blt_model.hash_embedding.has_triton", lambda tensor: True)
     monkeypatch.setattr("blt_model.loss.takes_kernels", lambda tensor: tensor.dtype != torch.float64)
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """All other tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize(

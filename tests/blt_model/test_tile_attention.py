@@ -1,9 +1,6 @@
 """Attention by our own Triton kernels against full masks in float64: on CUDA, elsewhere by Triton's interpreter."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -19,8 +17,6 @@ from blt_model.config import TransformerConfig
 from blt_model.errors import ModelError
 from blt_model.layers import Block, SequenceLayout, document_positions
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter knows no bfloat16.
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -33,16 +29,9 @@ def seed() -> int:
     return fresh_seed()
 
 
-def in_interpreter() -> bool:
-    """Whether Triton runs its functions itself; it decides that when it is loaded."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @pytest.fixture
 def kernels() -> ModuleType:
-    pytest.importorskip("triton")
-    if not (CUDA or in_interpreter()):
-        pytest.skip("needs CUDA or Triton's interpreter, in which test_in_the_interpreter runs it")
+    need_kernels()
     from blt_model import tile_kernels
 
     return tile_kernels
@@ -57,16 +46,10 @@ def small_tiles(kernels: ModuleType, request: pytest.FixtureRequest, monkeypatch
     monkeypatch.setattr(kernels, "tiles_for", lambda width, dtype: plan)
 
 
-@pytest.mark.skipif(CUDA or in_interpreter(), reason="the tests run as they are")
+@runs_interpreted
 def test_in_the_interpreter() -> None:
     """All other tests of this file, in a process whose Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def error(ours: Tensor, reference: Tensor) -> float:
@@ -278,11 +261,11 @@ def test_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = torch.zeros(5, 2, 24, device=DEVICE)
     with pytest.raises(ModelError, match="takes heads of 16, 32, 64, 128, 256 numbers, and got 24"):
         attend(heads, heads, heads, pack([5], None))
-    monkeypatch.setattr("blt_model.tile_attention._HAS_TRITON", True)
+    monkeypatch.setattr("blt_model.tile_attention.HAS_TRITON", True)
     with pytest.raises(ModelError, match="got 48; use another backend"):
         resolve_backend("triton", cuda, torch.bfloat16, width=48)
     assert resolve_backend("triton", cuda, torch.bfloat16, width=64) is AttentionBackend.TRITON
-    monkeypatch.setattr("blt_model.tile_attention._HAS_TRITON", False)
+    monkeypatch.setattr("blt_model.tile_attention.HAS_TRITON", False)
     with pytest.raises(ModelError, match="needs the package triton"):
         resolve_backend("triton", cuda, torch.bfloat16)
 

@@ -216,10 +216,10 @@ def test_what_is_computed_again_where_cuda_has_kernels(
         loss = cross_entropy_sum(model(batch.to("meta")), wanted.to("meta"))
     with CountOperations() as backward:
         loss.backward()  # type: ignore[no-untyped-call]
-    kernels = {name: backward.of(f"blt_model::{name}") for name in ("split_heads", "silu_gate", "attend_tiles")}
+    kernels = {name: backward.of(f"blt_model::{name}") for name in ("split_heads", "swiglu", "attend_tiles")}
     again = blocks if mode is not ActivationCheckpointing.NONE else 0
     whole = blocks if mode is ActivationCheckpointing.FULL else 0
-    assert kernels == {"split_heads": again, "silu_gate": again, "attend_tiles": whole}
+    assert kernels == {"split_heads": again, "swiglu": again, "attend_tiles": whole}
     # Two products for the gradients of each, and those that are made again; the last of a block never is.
     assert backward.of("aten::mm") == 2 * forward.of("aten::mm") + 3 * whole
 

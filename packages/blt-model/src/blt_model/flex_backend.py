@@ -15,7 +15,6 @@ Legend: T tokens, C carried tokens, H query heads, G key and value heads, E head
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from blt_model.errors import ModelError
 from blt_model.packed import segment_of
+from blt_model.triton_support import HAS_TRITON
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -33,8 +33,6 @@ BLOCK = 128
 """Queries, and keys, of a block: torch's default, which every kernel of it supports."""
 SHAPES = 64
 """Shapes of a process for which the kernel may be compiled, where torch lets a caller say so (8 where it does not)."""
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def check_flex(device: torch.device, dtype: torch.dtype) -> None:
@@ -51,7 +49,7 @@ def check_flex(device: torch.device, dtype: torch.dtype) -> None:
         raise ModelError(f"attention backend flex compiles a CUDA kernel, and got {device.type}; use backend sdpa.")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ModelError(f"attention backend flex computes in float16, bfloat16 or float32, and got {dtype}.")
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ModelError("attention backend flex needs the compiler triton; install it, or use backend sdpa.")
 
 

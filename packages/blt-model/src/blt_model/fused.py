@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 
-from blt_model.pointwise import silu_gate
+from blt_model import pointwise
 from blt_model.triton_support import takes_kernels
 
 PIECE = 1 << 18
@@ -121,7 +121,7 @@ def swiglu(gate_value: Tensor) -> Tensor:
         result: Tensor = _SwiGLU.apply(gate_value)
         return result
     if takes_kernels(gate_value) and gate_value.dim() == 2:
-        gated: Tensor = silu_gate(gate_value)
+        gated: Tensor = pointwise.swiglu(gate_value)
         return gated
     gate, value = gate_value.chunk(2, dim=-1)
     return F.silu(gate) * value

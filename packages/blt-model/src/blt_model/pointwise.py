@@ -2,7 +2,7 @@
 
 To torch each is one operation, forward and backward, so that compiled code calls them as they are.
 
-Legend: T tokens, C carried tokens, H query heads, G key and value heads, E head width, N numbers of a gate.
+Legend: T tokens, C carried tokens, H query heads, G key and value heads, E head width, N outputs of SwiGLU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op("blt_model::silu_gate", mutates_args=(), schema="(Tensor gate_value) -> Tensor")
-def silu_gate(gate_value: Tensor) -> Tensor:
+@torch.library.custom_op("blt_model::swiglu", mutates_args=(), schema="(Tensor gate_value) -> Tensor")
+def swiglu(gate_value: Tensor) -> Tensor:
     """silu(gate) * value.
 
     Args:
@@ -38,39 +38,39 @@ def silu_gate(gate_value: Tensor) -> Tensor:
     Returns:
         [T, N].
     """
-    result: Tensor = _kernels().gate(_rows(gate_value))
+    result: Tensor = _kernels().swiglu(_rows(gate_value))
     return result
 
 
-@silu_gate.register_fake
+@swiglu.register_fake
 def _(gate_value: Tensor) -> Tensor:
     return gate_value.new_empty(gate_value.shape[0], gate_value.shape[1] // 2)
 
 
 @torch.library.custom_op(
-    "blt_model::silu_gate_backward", mutates_args=(), schema="(Tensor gate_value, Tensor upstream) -> Tensor"
+    "blt_model::swiglu_backward", mutates_args=(), schema="(Tensor gate_value, Tensor upstream) -> Tensor"
 )
-def _gate_backward(gate_value: Tensor, upstream: Tensor) -> Tensor:
-    result: Tensor = _kernels().gate_backward(_rows(gate_value), upstream.contiguous())
+def _swiglu_backward(gate_value: Tensor, upstream: Tensor) -> Tensor:
+    result: Tensor = _kernels().swiglu_backward(_rows(gate_value), upstream.contiguous())
     return result
 
 
-@_gate_backward.register_fake
+@_swiglu_backward.register_fake
 def _(gate_value: Tensor, upstream: Tensor) -> Tensor:
     return gate_value.new_empty(gate_value.shape)
 
 
-def _save_gate(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_gate(ctx: Any, upstream: Tensor) -> Tensor:
+def _differentiate_swiglu(ctx: Any, upstream: Tensor) -> Tensor:
     (gate_value,) = ctx.saved_tensors
-    gradient: Tensor = _gate_backward(gate_value, upstream)
+    gradient: Tensor = _swiglu_backward(gate_value, upstream)
     return gradient
 
 
-silu_gate.register_autograd(_differentiate_gate, setup_context=_save_gate)
+swiglu.register_autograd(_differentiate_swiglu, setup_context=_save_swiglu)
 
 
 @torch.library.custom_op(

@@ -1,13 +1,16 @@
-"""Triton kernels for what a block does between its products: turning heads by their positions, and gating.
+"""Triton kernels for what a block does between its products: turning heads by their positions, and SwiGLU.
 
 Compilers fuse these as well, but where a result is put together from parts they compute every part for all of it; here
 each number is read once and written once. Arithmetic is float32. This module needs triton; import it only where
 `triton_support` says so.
 
-Legend: T tokens, H query heads, G key and value heads, E head width, N numbers of a gate.
+Legend: T tokens, H query heads, G key and value heads, E head width, N outputs of SwiGLU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +22,7 @@ _ROWS = 32
 _HEADS = 8
 """Heads of such a program, for all of which it reads the angles once."""
 _NUMBERS = 1024
-"""Numbers of a gate that a program takes."""
+"""Outputs of SwiGLU that a program makes."""
 
 
 @triton.jit
@@ -111,8 +114,11 @@ def join_heads(parts: tuple[Tensor, Tensor, Tensor], angles: tuple[Tensor, Tenso
 
 
 @triton.jit
-def _gate(gate_value, out, step, N: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(gate) * value of one row."""
+def _swiglu(gate_value, out, step, N: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """silu(gate) * value of one row; in a chain of kernels that start early, once the one before has ended."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_value + row * step + at, mask=at < N, other=0.0).to(tl.float32)
@@ -122,7 +128,7 @@ def _gate(gate_value, out, step, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(gate_value, upstream, out, step, N: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_value, upstream, out, step, N: tl.constexpr, BLOCK: tl.constexpr):
     """The gradients of one row's gates and values."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -135,21 +141,27 @@ def _gate_backward(gate_value, upstream, out, step, N: tl.constexpr, BLOCK: tl.c
     tl.store(out + row * 2 * N + N + at, (above * gate * share).to(out.dtype.element_ty), mask=at < N)
 
 
-def gate(gate_value: Tensor) -> Tensor:
-    """silu(gate) * value, [T, N], of [T, 2 * N] with contiguous rows, gates first."""
+def swiglu(gate_value: Tensor, *, dependence: Mapping[str, Any] | None = None) -> Tensor:
+    """silu(gate) * value, [T, N].
+
+    Args:
+        gate_value: [T, 2 * N], rows contiguous, gates first.
+        dependence: launch options of a kernel that starts before the one that it follows has ended; None for none.
+    """
     count = gate_value.shape[1] // 2
     out = gate_value.new_empty(len(gate_value), count)
     if out.numel():
         grid = (len(out), triton.cdiv(count, _NUMBERS))
-        _gate[grid](gate_value, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, num_warps=4)
+        options = {"DEPENDENT": False} if dependence is None else dependence
+        _swiglu[grid](gate_value, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, **options, num_warps=4)
     return out
 
 
-def gate_backward(gate_value: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient [T, 2 * N] of `gate`'s argument, from contiguous [T, N]."""
+def swiglu_backward(gate_value: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient [T, 2 * N] of `swiglu`'s argument, from contiguous [T, N]."""
     out = torch.empty(gate_value.shape, dtype=gate_value.dtype, device=gate_value.device)
     count = upstream.shape[1]
     if out.numel():
         grid = (len(out), triton.cdiv(count, _NUMBERS))
-        _gate_backward[grid](gate_value, upstream, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, num_warps=4)
+        _swiglu_backward[grid](gate_value, upstream, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, num_warps=4)
     return out

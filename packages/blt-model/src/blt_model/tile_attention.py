@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor
 
 from blt_model.errors import ModelError
+from blt_model.triton_support import HAS_TRITON
 
 WIDTHS = (16, 32, 64, 128, 256)
 """Head widths that the kernels take."""
 
 TILE = 64
 """Queries of a tile where documents are cut each by itself."""
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class Bounds:
 
 def is_tuned_for(device: torch.device) -> bool:
     """Whether the kernels were tuned for such a CUDA device: a Hopper or later, with Triton there."""
-    return _HAS_TRITON and torch.cuda.get_device_capability(device) >= (9, 0)
+    return HAS_TRITON and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def check_triton(device: torch.device, dtype: torch.dtype, width: int | None = None) -> None:
@@ -83,7 +81,7 @@ def check_triton(device: torch.device, dtype: torch.dtype, width: int | None = N
         raise ModelError(f"attention backend triton runs CUDA kernels, and got {device.type}; use backend sdpa.")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ModelError(f"attention backend triton computes in float16, bfloat16 or float32, and got {dtype}.")
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ModelError("attention backend triton needs the package triton; install it, or use backend sdpa.")
     if width is not None:
         _check_width(width)

@@ -7,12 +7,13 @@ import importlib.util
 import torch
 from torch import Tensor
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether triton is installed."""
 
 
 def has_triton(tensor: Tensor) -> bool:
     """Whether a tensor is on CUDA, and triton is installed."""
-    return tensor.device.type == "cuda" and _HAS_TRITON
+    return tensor.device.type == "cuda" and HAS_TRITON
 
 
 def takes_kernels(tensor: Tensor) -> bool:

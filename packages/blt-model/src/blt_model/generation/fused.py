@@ -9,7 +9,6 @@ Legend: n rows, K vectors of a patch, L decoder layers with cross-attention.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,8 +22,8 @@ from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache
 from blt_model.config import TransformerConfig
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
+from blt_model.triton_support import HAS_TRITON
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LEAST_BLOCK = 16
 """The inputs of a map must have this power of two as a factor, as the matrix units take so many at once."""
 
@@ -56,7 +55,7 @@ def _token_kernels() -> ModuleType:
 def available(model: BLT | ByteLM) -> bool:
     """Whether the kernels can run the steps of a model on its device, in its dtype."""
     weights = list(model.parameters())
-    if not (_HAS_TRITON and all(weight.device.type == "cuda" for weight in weights)):
+    if not (HAS_TRITON and all(weight.device.type == "cuda" for weight in weights)):
         return False
     if any(type(weight) is not torch.nn.Parameter for weight in weights):
         return False
@@ -176,4 +175,4 @@ def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
 
 def can_choose(logits: Tensor) -> bool:
     """Whether `likeliest` takes these logits."""
-    return _HAS_TRITON and logits.device.type == "cuda" and logits.dtype in (torch.bfloat16, torch.float16)
+    return HAS_TRITON and logits.device.type == "cuda" and logits.dtype in (torch.bfloat16, torch.float16)

@@ -73,23 +73,9 @@ def _turned(base, e, cosine, sine):
 
 @triton.jit
 def _attend(
-    query_key_value,
-    keys,
-    values,
-    table,
-    positions,
-    rows,
-    partial,
-    stats,
-    capacity,
-    scale,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    query_key_value, keys, values, table, positions, rows, partial, stats, capacity, scale, HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """One part of one head of one row."""
     n, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if DEPENDENT:

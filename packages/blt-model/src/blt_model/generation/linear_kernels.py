@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from blt_model.generation.kernels import KINDS, dependence, numbers
+from blt_model.pointwise_kernels import swiglu
 
 _HELD = 44
 """Registers of a thread for weights that are under way: measured on an H200, fewer or more are slower."""
@@ -87,31 +88,11 @@ def _added(sums, words, low, high, kind: tl.constexpr):
 
 @triton.jit
 def _linear_one(
-    x,
-    stats,
-    weight,
-    norm,
-    residual,
-    out,
-    outputs,
-    eps,
-    residual_scale,
-    kind: tl.constexpr,
-    WORDS: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROOM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EACH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EXACT: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    x, stats, weight, norm, residual, out, outputs, eps, residual_scale, kind: tl.constexpr, WORDS: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    ROOM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr, EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """One row: every program sums products for EACH * GROUPS outputs; weights, scales and a plain x are words.
 
     The words of a chunk lie along a warp, or several, and the groups' outputs in different warps: so what a warp reads
@@ -219,7 +200,7 @@ def _linear_rows(x: Tensor, weight: Tensor, gated: bool, residual: Tensor | None
         return torch.addmm(residual.to(x.dtype), x, weight.T, beta=residual_scale)
     result = F.linear(x, weight)
     if gated:
-        result = swiglu(result)
+        result = swiglu(result, dependence=dependence())
     return result if residual is None else torch.add(result, residual, alpha=residual_scale)
 
 
@@ -311,29 +292,6 @@ def _launch_one(
         num_warps=shape.warps,
         maxnreg=shape.registers,
     )
-
-
-@triton.jit
-def _swiglu(gate_value, out, hidden, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """A part of one row."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < hidden
-    gate = tl.load(gate_value + n * 2 * hidden + column, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(gate_value + (n * 2 + 1) * hidden + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n * hidden + column, (value * gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty), mask=inside)
-
-
-def swiglu(gate_value: Tensor) -> Tensor:
-    """silu(gate) * value [n, hidden] of [n, 2 * hidden], gates first."""
-    rows, hidden = len(gate_value), gate_value.shape[1] // 2
-    out = gate_value.new_empty((rows, hidden))
-    grid = (rows, triton.cdiv(hidden, 1024))
-    _swiglu[grid](gate_value, out, hidden, BLOCK=1024, **dependence(), num_warps=4)
-    return out
 
 
 @triton.jit
