@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 
-from tests.blt_train.ranks import start_ranks
+from tests.blt_train.ranks import collect, kill_others, start_ranks
 
 import blt_train.trainer  # noqa: F401  # loaded here, every fork has it
 from blt_train.cli import main
@@ -43,28 +43,24 @@ def run_job(job: str, arguments: list[str]) -> list[int]:
     codes: dict[int, int] = {}
     deadline = time.monotonic() + PATIENCE
     while words and len(codes) < len(children):
-        collect(children, codes, deadline)
+        wait(children, codes, deadline)
         if len(read_metrics(run)[0]) >= int(words[0]):
             time.sleep(random.random() / 2)
             for child in children:
                 os.kill(child, signal.Signals[words[1] if len(words) > 1 else "SIGTERM"])
             break
     while len(codes) < len(children):
-        collect(children, codes, deadline)
+        wait(children, codes, deadline)
     return [codes[child] for child in children]
 
 
-def collect(children: list[int], codes: dict[int, int], deadline: float) -> None:
-    """Note which processes have ended meanwhile."""
-    for child in set(children) - set(codes):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            codes[child] = os.waitstatus_to_exitcode(status)
-    if time.monotonic() > deadline:
-        for child in set(children) - set(codes):
-            os.kill(child, signal.SIGKILL)
-        sys.exit("a job hangs")
+def wait(children: list[int], codes: dict[int, int], deadline: float) -> None:
+    """Wait a moment and note which processes have ended."""
     time.sleep(0.01)
+    collect(children, codes)
+    if time.monotonic() > deadline:
+        kill_others(children, codes)
+        sys.exit("a job hangs")
 
 
 def run_all() -> None:
