@@ -28,6 +28,9 @@ class TwoNodes:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.shutdown()  # in case another test has left a connection
         self._folder = tempfile.mkdtemp(prefix="ray-")
+        # The default and no argument, as Ray notes the cluster's address in its default folder, be that there or not.
+        self._default_folder = os.environ.get("RAY_TMPDIR")
+        os.environ["RAY_TMPDIR"] = self._folder
         self._others: list[subprocess.Popen[bytes]] = []
         self.cluster = Cluster(
             initialize_head=True,
@@ -35,7 +38,6 @@ class TwoNodes:
                 "num_cpus": 4,
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
-                "temp_dir": self._folder,
                 "_system_config": {
                     # Processes that no actor asked for would only take time.
                     "prestart_worker_first_driver": False,
@@ -61,6 +63,10 @@ class TwoNodes:
             kill_tree(process.pid)
         self.cluster.shutdown()  # type: ignore[no-untyped-call]
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._default_folder is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = self._default_folder
 
     def add_second(self) -> None:
         self.second = self.cluster.add_node(num_cpus=4, object_store_memory=_OBJECT_STORE_BYTES)
