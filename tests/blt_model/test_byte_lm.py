@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from tests.blt_model.samples import Array, framed_document
-from torch import Tensor
+from tests.blt_model.streaming import stream
 
 from blt_model import ByteLM, ByteLMConfig, ModelError, next_byte_entropy, pack_documents, preset
-from blt_model.byte_lm import StreamState
 
 
 def model(**overrides: object) -> ByteLM:
@@ -35,30 +34,13 @@ def test_packed_documents_equal_separate_ones() -> None:
         place += len(alone)
 
 
-def stream(lm: ByteLM, rows: list[Array], length: int) -> Tensor:
-    """Run documents through windows of a fixed length, whole framed documents end to end."""
-    tokens = torch.from_numpy(np.concatenate(rows))
-    ends = np.cumsum([len(row) for row in rows]).tolist()
-    logits: list[Tensor] = []
-    state: StreamState | None = None
-    for start in range(0, len(tokens), length):
-        stop = min(start + length, len(tokens))
-        inner = [end - start for end in ends if start < end < stop]
-        offsets = torch.tensor([0, *inner, stop - start, stop - start], dtype=torch.int32)
-        part, state = lm.stream(tokens[start:stop], offsets, state)
-        logits.append(part)
-        if stop in ends:
-            state = None
-    return torch.cat(logits)
-
-
 @pytest.mark.parametrize("window", [1, 2, 8])
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 64, 1000])
 def test_streaming_equals_whole_documents(window: int, length: int) -> None:
     lm, rows = model(transformer={"window": window, "num_kv_heads": 1}), documents()
     with torch.no_grad():
         whole = [lm(pack_documents([np.append(row, 0)])[0]) for row in rows]
-        torch.testing.assert_close(stream(lm, rows, length), torch.cat(whole))
+        torch.testing.assert_close(stream(lm.stream, rows, length), torch.cat(whole))
 
 
 @pytest.mark.parametrize("length", [70, 128, 300])
@@ -67,7 +49,7 @@ def test_streaming_with_a_key_more_than_attention_reaches(length: int) -> None:
     assert lm.carried == lm.initial_state().keys.shape[1] == 128
     with torch.no_grad():
         whole = [lm(pack_documents([np.append(row, 0)])[0]) for row in rows]
-        torch.testing.assert_close(stream(lm, rows, length), torch.cat(whole))
+        torch.testing.assert_close(stream(lm.stream, rows, length), torch.cat(whole))
 
 
 def test_wide_logits_are_those_of_float32_under_autocast() -> None:

@@ -21,7 +21,15 @@ from blt_model.weights import model_fingerprint, save_model
 from blt_model.weights.streaming import build_model
 from blt_patcher import EntropyScheme
 from blt_patcher.batching import compare_batchings
-from blt_patcher.entropies import EntropyScorer, choose_device, load_entropy_model, score_documents
+from blt_patcher.entropies import (
+    EntropyScorer,
+    choose_device,
+    load_entropy_model,
+    score_documents,
+    scoring_settings,
+)
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 #: Empty, one byte, shorter and longer than the model's window of 8, several windows long.
 DOCUMENTS = [b"", b"a", b"shorter", "größer als das Fenster 日本語".encode(), b"", bytes(range(256)) * 2, b"\x00\r\n"]
@@ -124,8 +132,48 @@ def test_padding_and_bfloat16_change_nothing_but_rounding(model: ByteLM) -> None
         assert 1e-4 < float(np.abs(half - exact).mean()) < 0.02
     assert EntropyScorer(model, precision="bfloat16").settings["precision"] == "bfloat16"
     assert next(model.parameters()).dtype == torch.float32
-    with pytest.raises(InputError, match="precision 'int4' is not known; choose float32 or bfloat16"):
+    with pytest.raises(InputError, match="precision 'int4' is not known; choose float32, bfloat16 or float16"):
         EntropyScorer(model, precision="int4")
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_float16_is_closer_than_bfloat16(model: ByteLM, lines: bool) -> None:
+    content, offsets = join([*DOCUMENTS, bytes(range(32, 127)) * 40])
+    exact = score_documents(model, content, offsets, reset_at_newlines=lines).astype(np.float64)
+    for window_tokens in (64, 1100):
+        scorer = EntropyScorer(model, window_tokens=window_tokens, precision="float16", reset_at_newlines=lines)
+        assert scorer.settings["precision"] == "float16"
+        found = scorer.score(content, offsets)
+        assert 1e-5 < float(np.abs(found - exact).mean()) < 0.004
+    assert next(model.parameters()).dtype == torch.float32
+    with pytest.raises(InputError, match="in float16 nothing is left to compile; leave --compile out"):
+        EntropyScorer(model, precision="float16", compile=True)
+    settings: dict[str, Any] = {"window_tokens": None, "precision": "float16", "compile": None}
+    assert not scoring_settings(model, "cuda", **settings)["compiled"]
+    assert scoring_settings(model, "cuda", **{**settings, "precision": None})["compiled"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_what_float16_does_not_hold_is_scored_in_bfloat16(
+    model: ByteLM, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.embedding.weight[ord("x") + 4] *= 1e7
+    documents = [b"before", b"a document with an x in it", b"after", b"x", b"at the end" * 30]
+    options: dict[str, Any] = {"device": device, "window_tokens": 64}
+    half, wider = (EntropyScorer(large, precision=precision, **options) for precision in ("float16", "bfloat16"))
+    found = half.score(*join(documents), name="shard")
+    places = np.cumsum([0, *(len(document) + 2 for document in documents)])
+    for index, document in enumerate(documents):
+        alone = (wider if b"x" in document else half).score(*join([document]))
+        assert np.isfinite(alone).all()
+        np.testing.assert_array_equal(found[places[index] : places[index + 1]], alone)
+    assert caplog.messages == ["shard: 2 of 5 documents are beyond float16; scored in bfloat16"]
+    with torch.no_grad():
+        large.embedding.weight[ord("x") + 4] = float("nan")
+    with pytest.raises(InputError, match=r"shard: the entropy model gives nan for document 1 .* after its token \d+"):
+        EntropyScorer(large, precision="float16", **options).score(*join(documents), name="shard")
 
 
 def test_batchings_are_compared_token_by_token(model: ByteLM) -> None:
@@ -238,32 +286,30 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             choose_device(name)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compile_model", [False, True])
-def test_gpu_agrees_with_cpu_to_bfloat16(model: ByteLM, compile_model: bool) -> None:
+@NEEDS_GPU
+@pytest.mark.parametrize(("precision", "compile_model"), [("float16", False), ("bfloat16", False), ("bfloat16", True)])
+def test_gpu_agrees_with_cpu_to_half_precision(model: ByteLM, precision: str, compile_model: bool) -> None:
     content, offsets = join(DOCUMENTS * 5)
     cpu = score_documents(copy.deepcopy(model), content, offsets).astype(np.float64)
-    gpu = score_documents(
-        copy.deepcopy(model), content, offsets, device="cuda", window_tokens=256, compile=compile_model
-    ).astype(np.float64)
+    options: dict[str, Any] = {"device": "cuda", "window_tokens": 256, "precision": precision, "compile": compile_model}
+    gpu = score_documents(copy.deepcopy(model), content, offsets, **options).astype(np.float64)
     # The output weights above are twenty-fold, and with them the rounding of bfloat16 logits.
     assert float(np.abs(gpu - cpu).mean()) < 0.06
     assert float(np.abs(gpu - cpu).max()) < 0.6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compile_model", [False, True])
+@NEEDS_GPU
+@pytest.mark.parametrize(("precision", "compile_model"), [("float16", False), ("bfloat16", False), ("bfloat16", True)])
 @pytest.mark.parametrize("lines", [False, True])
-def test_on_a_gpu_neighbours_change_almost_nothing(compile_model: bool, lines: bool) -> None:
+def test_on_a_gpu_neighbours_change_almost_nothing(precision: str, compile_model: bool, lines: bool) -> None:
     config = preset("entropy-debug", transformer={"window": 128, "dim": 64})
     assert isinstance(config, ByteLMConfig)
     torch.manual_seed(1)
     model = ByteLM(config)
     rng = np.random.default_rng(0)
     documents = [rng.integers(9, 90, size, dtype=np.uint8).tobytes() for size in rng.integers(0, 5000, 40)]
-    scorer = EntropyScorer(
-        model, device="cuda", window_tokens=4096, compile=compile_model, reset_at_newlines=lines
-    )  # fmt: skip
+    options: dict[str, Any] = {"precision": precision, "compile": compile_model, "reset_at_newlines": lines}
+    scorer = EntropyScorer(model, device="cuda", window_tokens=4096, **options)
     report = compare_batchings(scorer, lambda *_: None, EntropyScheme(threshold=5.3), *join(documents))
     # Windows of one shape, cut where tiles end: what remains is at most what bfloat16 would make of any change.
     assert report.largest < 0.02

@@ -44,7 +44,7 @@ def test_peak_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_numerics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = recorded("numerics", [], tmp_path, monkeypatch)
-    assert {"loss of a BLT", "hash embeddings", "patches read bytes"} <= {str(row["what"]) for row in rows}
+    assert {"loss of a BLT", "hash embeddings", "entropies"} <= {str(row["what"]) for row in rows}
     assert all(row["ok"] for row in rows)
 
 

@@ -151,7 +151,8 @@ def bare_forward(scorer: EntropyScorer) -> Callable[[torch.Tensor], torch.Tensor
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
         offsets = torch.tensor([0, *[len(tokens)] * 3], dtype=torch.int32, device=tokens.device)
-        return scorer.step(tokens, offsets, state)[0]
+        with scorer.arithmetic():
+            return scorer.step(tokens, offsets, state)[0]
 
     return forward
 
@@ -164,8 +165,7 @@ def measure(task: Task, repeats: int) -> dict[str, float]:
         "padded": lambda: timed(task, padded_forward(task.model), CHUNK),
         "bare": lambda: timed(task, bare, window),
     }
-    with torch.inference_mode(), torch.autocast(task.device.type, torch.bfloat16, enabled=task.half):
-        bare = bare_forward(task.scorer)
+    bare = bare_forward(task.scorer)
     if (theirs := task.theirs) is not None:
         sides["transformers"] = lambda: timed(task, theirs, CHUNK)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -185,8 +185,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="Folder with Parquet files that have a column text.")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--window-tokens", type=int)
-    parser.add_argument("--precision", choices=["float32", "bfloat16"])
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="[with a GPU]")
+    parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="[on a GPU, but not in float16]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for a machine that is not idle.")
     parser.add_argument("--repeats", type=int, default=3)
@@ -203,7 +203,7 @@ def main() -> None:
         device=device,
         window_tokens=options.window_tokens,
         precision=options.precision,
-        compile=device.type == "cuda" if options.compile is None else options.compile,
+        compile=options.compile,
     )
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     name, rows = documents(ByteSize().convert(options.text_bytes, None, None), options.text)

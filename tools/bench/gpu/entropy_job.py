@@ -6,6 +6,8 @@
 - *score*: the scorer alone on documents that lie in memory.
 - *bare*: its compiled step on a full window that lies on the device already, again and again.
 
+All in float16 and in bfloat16, the default; in float16 nothing is compiled.
+
 `mfu` is the share of the datasheet's dense bfloat16 rate that the model's own operations reach. Documents have
 FineWeb-Edu's lengths. The last line is JSON.
 """
@@ -13,7 +15,7 @@ FineWeb-Edu's lengths. The last line is JSON.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,40 +74,35 @@ def memory_folder() -> str | None:
     return str(shared) if shared.is_dir() else None
 
 
-def measure(run: Settings, ceiling: float, peak: float | None) -> list[Row]:
-    """Figures of job, scorer and step."""
-    device = run.device
-    config = preset("entropy-debug" if run.tiny else "entropy-100m")
-    if not isinstance(config, ByteLMConfig):
-        raise TypeError("the preset is no byte-lm")
-    torch.manual_seed(0)
-    model = ByteLM(config).to(device).eval()
-    rows = documents(4_000 if run.tiny else 6_000_000)
-    size = sum(map(len, rows))
-    content = np.frombuffer(b"".join(rows), dtype=np.uint8)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    scorer = EntropyScorer(
-        model, device=device, window_tokens=1024 if run.tiny else None, compile=device.type == "cuda"
-    )
-    window = scorer.capacity
-    repeats = 1 if run.tiny else 2
-    seconds: dict[str, tuple[float, int]] = {}
-    half = scorer.settings["precision"] == "bfloat16"
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+def measure_step(scorer: EntropyScorer, run: Settings) -> tuple[tuple[float, int], dict[str, float]]:
+    """Seconds of one full window and its tokens; and where the time goes."""
+    device, window = run.device, scorer.capacity
+    in_a_row = 1 if run.tiny else 10
+    with scorer.arithmetic():
         state = scorer.begin()
         tokens = torch.randint(4, 260, (window,), device=device)
         cuts = torch.tensor([0, window // 3, *[window] * 3], dtype=torch.int32, device=device)
-        scorer.step(tokens, cuts, state)
-        in_a_row = 1 if run.tiny else 10
 
         def steps() -> None:
             for _ in range(in_a_row):
                 scorer.step(tokens, cuts, state)
 
-        bare = median_seconds(steps, device, repeats=2 * repeats) / in_a_row
-        kinds = time_by_kind(lambda: scorer.step(tokens, cuts, state), device, top=12)
-    seconds["bare"] = bare, window
-    seconds["score"] = median_seconds(lambda: scorer.score(content, offsets), device, repeats=repeats), size
+        steps()
+        taken = median_seconds(steps, device, repeats=1 if run.tiny else 4) / in_a_row
+        return (taken, window), time_by_kind(lambda: scorer.step(tokens, cuts, state), device, top=12)
+
+
+def measure_scorer(
+    scorer: EntropyScorer, rows: list[bytes], run: Settings
+) -> Iterator[tuple[str, float, int, dict[str, float]]]:
+    """What is measured, its seconds and bytes (or tokens), and where the time goes, if that was looked at."""
+    repeats = 1 if run.tiny else 2
+    taken, kinds = measure_step(scorer, run)
+    yield "bare", *taken, kinds
+    size = sum(map(len, rows))
+    content = np.frombuffer(b"".join(rows), dtype=np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    yield "score", median_seconds(lambda: scorer.score(content, offsets), run.device, repeats=repeats), size, {}
     with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         source = write_shards(rows, Path(folder, "bytes"))
 
@@ -114,15 +111,38 @@ def measure(run: Settings, ceiling: float, peak: float | None) -> list[Row]:
                 scheme = EntropyScheme(threshold=1.3)
                 precompute(source, output, scheme=scheme, scorer=scorer, keep_entropies=True)
 
-        seconds["job"] = median_seconds(job, device, repeats=repeats), size
+        yield "job", median_seconds(job, run.device, repeats=repeats), size, {}
+
+
+def measure(run: Settings, ceiling: float, peak: float | None) -> list[Row]:
+    """Figures of job, scorer and step in each precision."""
+    device = run.device
+    config = preset("entropy-debug" if run.tiny else "entropy-100m")
+    if not isinstance(config, ByteLMConfig):
+        raise TypeError("the preset is no byte-lm")
+    torch.manual_seed(0)
+    model = ByteLM(config).to(device).eval()
+    rows = documents(4_000 if run.tiny else 6_000_000)
     operations = flops_per_byte(config, rows)
     figures: list[Row] = []
-    for what, (taken, amount) in seconds.items():
-        rate = amount / taken
-        row: Row = {"what": what, "bytes/s": rate, "TFLOP/s": rate * operations / 1e12}
-        row |= {"mfu": None if peak is None else rate * operations / peak, "of_matmul": rate * operations / ceiling}
-        figures.append(row)
-    figures[0]["ms_by_kind"] = kinds
+    for precision in ("float16", "bfloat16"):
+        if not run.wants(precision):
+            continue
+        scorer = EntropyScorer(
+            model,
+            device=device,
+            window_tokens=1024 if run.tiny else None,
+            precision=precision,
+            compile=device.type == "cuda" and precision == "bfloat16",
+        )
+        for what, seconds, amount, kinds in measure_scorer(scorer, rows, run):
+            rate = amount / seconds
+            row: Row = {"precision": precision, "what": what, "bytes/s": rate, "TFLOP/s": rate * operations / 1e12}
+            row |= {"mfu": None if peak is None else rate * operations / peak, "of_matmul": rate * operations / ceiling}
+            if kinds:
+                print(precision, kinds, flush=True)
+                row["ms_by_kind"] = kinds
+            figures.append(row)
     return figures
 
 
@@ -131,7 +151,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = settings(__doc__, arguments, budget=90)
     ceiling, bandwidth, peak = matmul_rate(run.device), copy_bandwidth(run.device), peak_rate(run.device)
     rows = measure(run, ceiling, peak)
-    print(rows[0]["ms_by_kind"])
     report("entropy_job", run, rows, matmul_flops=ceiling, copy_bandwidth=bandwidth, peak_flops=peak)
 
 

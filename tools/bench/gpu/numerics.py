@@ -3,9 +3,9 @@
     python -m tools.bench.gpu.numerics
 
 Fresh random ragged packs every run (the seed is printed): self-attention by every backend, the two cross-attentions,
-hash embeddings, gradients that are added up in place, loss and gradients of a whole small BLT, and cached generation in
-bfloat16 against recomputation. The error is |ours - reference| / |reference| over all entries; it must stay below 1e-2
-in bfloat16 and 1e-4 in float32.
+hash embeddings, gradients that are added up in place, loss and gradients of a whole small BLT, entropies as they are
+scored, and cached generation in bfloat16 against recomputation. The error is |ours - reference| / |reference| over all
+entries; it must stay below 1e-2 in bfloat16 and 1e-4 in float32.
 Generation may leave the recomputed text only where the two likeliest bytes are within rounding of each other; such
 near-ties are counted. Exits with 1 if anything is beyond. The last line is JSON.
 """
@@ -24,7 +24,7 @@ from tools.bench.gpu.harness import Row, Settings, report, settings
 from tools.bench.gpu.texts import Tokens, patch_lengths
 from torch import Tensor
 
-from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, Generator, Request, pack_documents, preset
+from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, Generator, PackedBatch, Request, pack_documents, preset
 from blt_model.attention import AttentionBackend, attend, plan_attention
 from blt_model.errors import ModelError
 from blt_model.generation.reference import generate_uncached
@@ -34,11 +34,14 @@ from blt_model.row_gradients import add_rows
 from blt_model.segments import Segments, bytes_read_patches, patches_read_bytes, segment_max
 from blt_model.weightless import Linear
 from blt_patcher import EntropyScheme, IncrementalPatcher
+from blt_patcher.entropies import EntropyScorer
 from blt_train.parallel.accumulation import accumulate_in_place, begin_accumulation
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-10}
 GRADIENT_LIMITS = {torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-10}
 """Of a whole model's gradients, through all of its layers."""
+ENTROPY_LIMITS = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
+"""Of entropies of a model whose logits are spread ten times as wide as fresh ones."""
 NEAR_TIE = 0.1
 """Nats between the two likeliest bytes below which bfloat16 may prefer the other."""
 
@@ -301,6 +304,32 @@ def model_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
         yield _judged("gradients of a BLT", dtype, 0.0, error(found, wanted[1]), GRADIENT_LIMITS[dtype])
 
 
+def scoring_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
+    """Entropies of ragged documents cut into windows: by the trunk that scores, and by the model's own blocks."""
+    _, lm = small_models(run)
+    with torch.no_grad():
+        # Fresh weights are almost equally unsure everywhere.
+        lm.head.weight.mul_(10)
+    rows = [rng.integers(0, 256, int(n), dtype=np.uint8) for n in rng.integers(0, 50 if run.tiny else 3000, 6)]
+    content = np.concatenate(rows)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    exact = []
+    for row in rows:
+        tokens = torch.from_numpy(np.concatenate([[1], row.astype(np.int64) + 4, [2]])).to(run.device)
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32, device=run.device)
+        with torch.no_grad():
+            logits = copy.deepcopy(lm).double()(PackedBatch(tokens=tokens, document_offsets=bounds))
+        logarithms = logits.log_softmax(-1)
+        exact.append(-(logarithms.exp() * logarithms).sum(-1))
+    wanted = torch.cat(exact)
+    for precision, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        scorer = EntropyScorer(
+            lm, device=run.device, window_tokens=64 if run.tiny else 4096, precision=precision, compile=None
+        )
+        found = torch.from_numpy(scorer.score(content, offsets).astype(np.float64))
+        yield _judged("entropies", dtype, error(found, wanted), None, ENTROPY_LIMITS[dtype])
+
+
 def generation_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
     """Cached generation in the device's precision against recomputation with the same weights."""
     model, lm = small_models(run)
@@ -350,6 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hashes": hash_rows_of,
         "accumulation": accumulation_rows,
         "model": model_rows,
+        "scoring": scoring_rows,
         "generation": generation_rows,
         "attention": attention_rows,
     }

@@ -2,7 +2,7 @@
 
 from blt_model.attention import AttentionBackend
 from blt_model.blt import BLT
-from blt_model.byte_lm import ByteLM, StreamState, next_byte_entropy
+from blt_model.byte_lm import ByteLM, next_byte_entropy
 from blt_model.config import (
     PRESETS,
     BLTConfig,
@@ -23,6 +23,7 @@ from blt_model.generation import Completion, Generator, NextPatch, Request, Samp
 from blt_model.loss import cross_entropy_and_z_sum, cross_entropy_sum
 from blt_model.packed import PackedBatch, pack_documents
 from blt_model.quantization import quantize_int8
+from blt_model.scoring_trunk import ScoringTrunk
 from blt_model.weights import (
     LoadedModel,
     WeightFormat,
@@ -32,6 +33,7 @@ from blt_model.weights import (
     save_model,
     save_transformers,
 )
+from blt_model.window_stream import StreamState
 
 __all__ = [
     "BLT",
@@ -53,6 +55,7 @@ __all__ = [
     "Pooling",
     "Request",
     "SamplingOptions",
+    "ScoringTrunk",
     "StreamState",
     "TransformerConfig",
     "WeightFormat",

@@ -3,46 +3,23 @@
 Documents of any length run either whole (`forward`) or in windows of fixed size with the last keys and values carried
 from one to the next (`stream`); both give the same logits.
 
-Legend: T tokens, D documents, V vocabulary, L layers, W window, C carried keys, G key and value heads, E head width.
+Legend: T tokens, D documents, V vocabulary, C carried keys.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
 
-from blt_model.attention import AttentionBackend, plan_attention, resolve_backend
+from blt_model.attention import AttentionBackend
 from blt_model.config import ByteLMConfig
-from blt_model.errors import ModelError
 from blt_model.initialization import initialize_blocks, initialize_linear, truncated_normal
-from blt_model.layers import (
-    Block,
-    RMSNorm,
-    SequenceLayout,
-    compute_dtype,
-    document_positions,
-    make_layout,
-)
-from blt_model.packed import PackedBatch, segment_of
+from blt_model.layers import Block, RMSNorm, compute_dtype, make_layout
+from blt_model.packed import PackedBatch
 from blt_model.vocabulary import VOCABULARY_SIZE
 from blt_model.weightless import Embedding, Linear
-
-
-@dataclass(frozen=True, slots=True)
-class StreamState:
-    """What a document that is not complete yet leaves for the next window. All shapes are fixed."""
-
-    keys: Tensor
-    """[L, C, G, E] rotated keys of the last C tokens; see `ByteLM.carried`."""
-    values: Tensor
-    """[L, C, G, E]."""
-    valid: Tensor
-    """int64 scalar: how many of them, the last ones, belong to the document."""
-    position: Tensor
-    """int64 scalar: tokens of the document so far."""
+from blt_model.window_stream import StreamState, carried_keys, first_state, next_state, stream_layout
 
 
 class ByteLM(nn.Module):
@@ -118,23 +95,13 @@ class ByteLM(nn.Module):
 
     @property
     def carried(self) -> int:
-        """C, the keys and values that a window hands to the next: W - 1, all that attention can reach.
-
-        Where W is a multiple of 128 it is W: then keys carried over a cut at a multiple of 128 tokens fall into the
-        same tiles of a GPU's kernel as they would without the cut, and its sums come out the same to the bit.
-        """
-        window = self.config.window
-        return window if window % 128 == 0 else window - 1
+        """C, the keys and values that a window hands to the next."""
+        return carried_keys(self.config.transformer)
 
     def initial_state(self) -> StreamState:
         """The state before a document's first token."""
-        trunk = self.config.transformer
         weight = self.embedding.weight
-        shape = (trunk.num_layers, self.carried, trunk.kv_heads, trunk.head_dim)
-        # No tensor stands for two: compiled code would be made once more for the first window.
-        keys, values = (torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device) for _ in range(2))
-        valid, position = (torch.zeros((), dtype=torch.int64, device=weight.device) for _ in range(2))
-        return StreamState(keys, values, valid, position)
+        return first_state(self.config.transformer, dtype=compute_dtype(weight), device=weight.device)
 
     def stream(
         self, tokens: Tensor, document_offsets: Tensor, state: StreamState | None = None
@@ -178,11 +145,11 @@ class ByteLM(nn.Module):
             The trunk's output [T, dim], and the state as `stream` gives it.
         """
         length = tokens.shape[0]
-        if length == 0:
-            raise ModelError("the window holds no token; give at least one.")
         state = self.initial_state() if state is None else state
         x: Tensor = self.embedding(tokens)
-        layout = self._stream_layout(document_offsets, x, state, max_length)
+        layout = stream_layout(
+            self.config.transformer, document_offsets, x, state, backend=self.attention_backend, max_length=max_length
+        )
         keys, values = [], []
         for index, block in enumerate(self.blocks):
             if not isinstance(block, Block):
@@ -190,28 +157,7 @@ class ByteLM(nn.Module):
             x, key, value = block.stream(x, layout, (state.keys[index], state.values[index]))
             keys.append(key[length:].detach())
             values.append(value[length:].detach())
-        # Kept one-dimensional: indexing by a scalar tensor would make the host wait for the GPU.
-        last = segment_of(document_offsets, length)[-1:]
-        continued = torch.where(last == 0, state.position, 0)
-        position = (length - document_offsets.long().gather(0, last) + continued).squeeze(0)
-        next_state = StreamState(torch.stack(keys), torch.stack(values), position.clamp(max=self.carried), position)
-        return x, next_state
-
-    def _stream_layout(self, offsets: Tensor, x: Tensor, state: StreamState, max_length: int | None) -> SequenceLayout:
-        trunk = self.config.transformer
-        length = x.shape[0]
-        plan = plan_attention(
-            offsets,
-            length,
-            window=trunk.window,
-            backend=resolve_backend(self.attention_backend, x.device, compute_dtype(x), width=trunk.head_dim),
-            max_length=max_length,
-            carried=self.carried,
-            carried_valid=state.valid,
-        )
-        continued = torch.where(segment_of(offsets, length) == 0, state.position, 0)
-        positions = document_positions(offsets, length) + continued
-        return SequenceLayout.make(plan, positions, trunk)
+        return x, next_state(document_offsets, length, state, torch.stack(keys), torch.stack(values))
 
 
 def next_byte_entropy(logits: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ _HEADS = 8
 """Heads of such a program, for all of which it reads the angles once."""
 _NUMBERS = 1024
 """Outputs of SwiGLU that a program makes."""
+_ROW_NUMBERS = 4096
+"""Numbers that a program normalises, of as many rows as they are."""
 
 
 @triton.jit
@@ -113,8 +115,88 @@ def join_heads(parts: tuple[Tensor, Tensor, Tensor], angles: tuple[Tensor, Tenso
     return flat
 
 
+@triton.jit(do_not_specialize=["count"])
+def _turn_in_place(
+    flat, cosine, sine, count, step, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr
+):
+    """Some of the first heads of some tokens."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = (row < count)[:, None]
+    at = row[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+    c = tl.load(cosine + at, mask=real, other=0.0)
+    s = tl.load(sine + at, mask=real, other=0.0)
+    first = flat + row.to(tl.int64)[:, None] * step + tl.arange(0, WIDTH)[None, :]
+    for index in range(EACH):
+        head = tl.program_id(1) * EACH + index
+        if head < HEADS:
+            numbers = tl.load(first + head * WIDTH, mask=real, other=0.0).to(tl.float32)
+            turned = _turned(numbers, c, s, ROWS, WIDTH)
+            tl.store(first + head * WIDTH, turned.to(flat.dtype.element_ty), mask=real)
+
+
+def turn_in_place(flat: Tensor, angles: tuple[Tensor, Tensor], heads: int, width: int) -> None:
+    """Turn the first heads of each row by the row's angles, neighbouring pairs of numbers as `layers.rotate` does.
+
+    Args:
+        flat: [T, at least heads * width], rows contiguous, written.
+        angles: cosines and sines, contiguous float32 [T, 1, width / 2].
+        heads: how many.
+        width: E, a power of two.
+    """
+    if len(flat):
+        grid = (triton.cdiv(len(flat), _ROWS), triton.cdiv(heads, _HEADS))
+        _turn_in_place[grid](
+            flat, *angles, len(flat), flat.stride(0), HEADS=heads, WIDTH=width, ROWS=_ROWS, EACH=_HEADS, num_warps=4
+        )
+
+
+@triton.jit(do_not_specialize=["count"])
+def _normalize(
+    x, out, count, step, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SCALES_ONLY: tl.constexpr
+):
+    """Rows divided by their root mean square, or only what they would be multiplied by."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    real = (row < count)[:, None] & (column < DIM)
+    numbers = tl.load(x + row[:, None] * step + column, mask=real, other=0.0).to(tl.float32)
+    scales = tl.rsqrt(tl.sum(numbers * numbers, 1) / DIM + eps)
+    if SCALES_ONLY:
+        tl.store(out + row, scales, mask=row < count)
+    else:
+        tl.store(out + row[:, None] * DIM + column, (numbers * scales[:, None]).to(out.dtype.element_ty), mask=real)
+
+
+def _launch_normalize(x: Tensor, out: Tensor, eps: float, scales_only: bool) -> Tensor:
+    count, dim = x.shape
+    block = triton.next_power_of_2(dim)
+    rows = max(1, _ROW_NUMBERS // block)
+    if count:
+        _normalize[(triton.cdiv(count, rows),)](
+            x, out, count, x.stride(0), eps, DIM=dim, BLOCK=block, ROWS=rows, SCALES_ONLY=scales_only, num_warps=4
+        )
+    return out
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """Rows divided by their root mean square.
+
+    Args:
+        x: [T, dim], rows contiguous.
+        eps: added to the mean square.
+
+    Returns:
+        [T, dim] of x's dtype, contiguous.
+    """
+    return _launch_normalize(x, x.new_empty(x.shape), eps, scales_only=False)
+
+
+def row_scales(x: Tensor, eps: float) -> Tensor:
+    """What `normalize` multiplies each row by: float32 [T]; arguments as there."""
+    return _launch_normalize(x, x.new_empty(len(x), dtype=torch.float32), eps, scales_only=True)
+
+
 @triton.jit
-def _swiglu(gate_value, out, step, N: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _swiglu(gate_value, scales, out, step, N: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """silu(gate) * value of one row; in a chain of kernels that start early, once the one before has ended."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -123,6 +205,10 @@ def _swiglu(gate_value, out, step, N: tl.constexpr, BLOCK: tl.constexpr, DEPENDE
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_value + row * step + at, mask=at < N, other=0.0).to(tl.float32)
     value = tl.load(gate_value + row * step + N + at, mask=at < N, other=0.0).to(tl.float32)
+    if scales is not None:
+        scale = tl.load(scales + row)
+        gate *= scale
+        value *= scale
     result = gate / (1.0 + tl.exp(-gate)) * value
     tl.store(out + row * N + at, result.to(out.dtype.element_ty), mask=at < N)
 
@@ -141,11 +227,12 @@ def _swiglu_backward(gate_value, upstream, out, step, N: tl.constexpr, BLOCK: tl
     tl.store(out + row * 2 * N + N + at, (above * gate * share).to(out.dtype.element_ty), mask=at < N)
 
 
-def swiglu(gate_value: Tensor, *, dependence: Mapping[str, Any] | None = None) -> Tensor:
+def swiglu(gate_value: Tensor, *, scales: Tensor | None = None, dependence: Mapping[str, Any] | None = None) -> Tensor:
     """silu(gate) * value, [T, N].
 
     Args:
         gate_value: [T, 2 * N], rows contiguous, gates first.
+        scales: float32 [T], by which gates and values of each row are multiplied before; None for 1.
         dependence: launch options of a kernel that starts before the one that it follows has ended; None for none.
     """
     count = gate_value.shape[1] // 2
@@ -153,7 +240,7 @@ def swiglu(gate_value: Tensor, *, dependence: Mapping[str, Any] | None = None) -
     if out.numel():
         grid = (len(out), triton.cdiv(count, _NUMBERS))
         options = {"DEPENDENT": False} if dependence is None else dependence
-        _swiglu[grid](gate_value, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, **options, num_warps=4)
+        _swiglu[grid](gate_value, scales, out, gate_value.stride(0), N=count, BLOCK=_NUMBERS, **options, num_warps=4)
     return out
 
 

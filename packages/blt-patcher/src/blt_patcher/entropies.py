@@ -4,11 +4,12 @@ Documents stream through the model in windows of a fixed number of tokens (`wind
 values carried from window to window, so the result is that of each document scored whole and alone, to the rounding of
 the arithmetic. Memory does not grow with a document's length but for its own entropies.
 
-In bfloat16 (on a GPU, unless told otherwise) the trunk runs under autocast with its weights cast once; the last norm,
-the head and the softmax stay in float32, since rounding there would go straight into the entropies. Windows are then
-padded to one size and contexts cut where kernels' tiles end, so that a document's entropies do not depend on its
-neighbours. Copies to and from a GPU are pinned and asynchronous, and results are read two windows late, so that the GPU
-never waits for Python.
+In bfloat16 (on a GPU, unless told otherwise) the trunk runs under autocast with its weights cast once; in float16
+blt-model's `ScoringTrunk` runs, and documents beyond float16's range are scored in bfloat16. The last norm, the head
+and the softmax stay in float32, since rounding there would go straight into the entropies. Windows are then padded to
+one size and contexts cut where kernels' tiles end, so that a document's entropies do not depend on its neighbours.
+Copies to and from a GPU are pinned and asynchronous, and results are read two windows late, so that the GPU never waits
+for Python.
 
 This module needs torch and blt-model (`pip install 'blt-patcher[entropy]'`).
 """
@@ -19,8 +20,8 @@ import copy
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from blt_data.errors import InputError
-from blt_model import ByteLM, StreamState, next_byte_entropy, to_json
+from blt_model import ByteLM, ScoringTrunk, StreamState, next_byte_entropy, to_json
 from blt_model.weights import load_model, model_fingerprint
 from blt_patcher.windows import Window, cut_windows, framed_offsets, window_capacity
 
@@ -43,7 +44,7 @@ GPU_WINDOW_TOKENS: Final = 65_536
 CPU_WINDOW_TOKENS: Final = 4_096
 
 #: What the trunk may be computed in.
-PRECISIONS: Final = ("float32", "bfloat16")
+PRECISIONS: Final = ("float32", "bfloat16", "float16")
 
 #: Windows whose results may still be on their way from the GPU.
 _WINDOWS_IN_FLIGHT: Final = 2
@@ -112,7 +113,7 @@ class EntropyScorer:
         device: str | torch.device = "cpu",
         window_tokens: int | None = None,
         precision: str | None = None,
-        compile: bool = False,
+        compile: bool | None = False,
         reset_at_newlines: bool = False,
     ) -> None:
         """Put a model on a device.
@@ -121,14 +122,15 @@ class EntropyScorer:
             model: the entropy model; it is put in evaluation mode, and left where it is if the scorer needs a copy.
             device: `cpu`, or one GPU.
             window_tokens: tokens that the model sees at once; None takes what suits the device.
-            precision: `float32` or `bfloat16`, of the trunk; None takes bfloat16 on a GPU and the weights' own on a
-                CPU.
-            compile: compile the model with torch.compile; worth it on a GPU and for much data.
+            precision: one of `PRECISIONS`, of the trunk; None takes bfloat16 on a GPU and the weights' own on a CPU.
+            compile: compile the model with torch.compile; worth it on a GPU and for much data. None does so on a GPU,
+                but not in float16, where nothing is left to compile.
             reset_at_newlines: start the model's context afresh at every newline token, which is the new context's
                 first token.
 
         Raises:
-            InputError: `window_tokens` is less than 1, or there is no such precision.
+            InputError: `window_tokens` is less than 1, or there is no such precision, or float16 is to be compiled.
+            ModelError: the weights are too large for float16.
         """
         self.device = torch.device(device)
         self.settings = scoring_settings(
@@ -138,13 +140,17 @@ class EntropyScorer:
         self.window_tokens: int = self.settings["window_tokens"]
         self.reset_at_newlines = reset_at_newlines
         self.model = model.eval()
-        self._bfloat16 = self.settings["precision"] == "bfloat16"
-        self._compiled = compile
+        precision, self._compiled = self.settings["precision"], self.settings["compiled"]
+        self._bfloat16, self._float16 = precision == "bfloat16", precision == "float16"
         # What computes may differ from what is identified: its weights lie on the device, in the precision asked for.
-        self._runner = _in_bfloat16(model, self.device) if self._bfloat16 else model.to(self.device)
+        self._runner: ByteLM | ScoringTrunk
+        if self._float16:
+            self._runner = ScoringTrunk(model, self.device)
+        else:
+            self._runner = _in_bfloat16(model, self.device) if self._bfloat16 else model.to(self.device)
         # Fixed shapes are compiled once; and rows of a matrix product come out the same whatever is in the others.
-        self._pads = compile or self._bfloat16
-        self._forward: Callable[..., Any] = torch.compile(self._entropies) if compile else self._entropies
+        self._pads = self._compiled or precision != "float32"
+        self._forward: Callable[..., Any] = torch.compile(self._entropies) if self._compiled else self._entropies
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -175,6 +181,28 @@ class EntropyScorer:
                 model cannot be compiled here.
         """
         offsets = framed_offsets(content_offsets)
+        result = self._score_windows(content, content_offsets, offsets, None if self._float16 else name, advance)
+        if self._float16 and not np.isfinite(result).all():
+            self._score_anew(result, content, content_offsets, offsets, name)
+        return result
+
+    def _score_windows(
+        self,
+        content: npt.NDArray[np.uint8],
+        content_offsets: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64],
+        name: str | None,
+        advance: Callable[[int], None] | None,
+    ) -> npt.NDArray[np.float16]:
+        """Do what `score` says, in this precision alone.
+
+        Args:
+            content: as there.
+            content_offsets: as there.
+            offsets: int64 [D + 1] where each document's framed tokens begin.
+            name: as there; None lets entropies be that are not finite.
+            advance: as there.
+        """
         result = np.empty(int(offsets[-1]), dtype=np.float16)
         arrivals: deque[_Arrival] = deque()
 
@@ -184,12 +212,13 @@ class EntropyScorer:
                 arrival.ready.synchronize()
             low, count = arrival.window.first_token, arrival.window.count
             nats = arrival.window.without_padding(arrival.nats.numpy())
-            _check_finite(nats, low, offsets, name)
+            if name is not None:
+                _check_finite(nats, low, offsets, name)
             result[low : low + count] = nats
             if advance is not None:
                 advance(count)
 
-        with torch.inference_mode(), self._precision():
+        with self.arithmetic():
             beginning = state = self.begin()
             for window in cut_windows(
                 content, content_offsets, self.window_tokens, reset_at_newlines=self.reset_at_newlines, pad=self._pads
@@ -202,6 +231,50 @@ class EntropyScorer:
             collect()
         return result
 
+    def _score_anew(
+        self,
+        result: npt.NDArray[np.float16],
+        content: npt.NDArray[np.uint8],
+        content_offsets: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64],
+        name: str,
+    ) -> None:
+        """Score documents again whose entropies are not finite: alone, and what is too large for float16 in bfloat16.
+
+        Alone, because a masked nan still spoils sums; so a document's entropies do not depend on its neighbours here
+        either.
+
+        Args:
+            result: float16 [N + 2D], written.
+            content: as `score` takes it.
+            content_offsets: as `score` takes it.
+            offsets: int64 [D + 1] where each document's framed tokens begin.
+            name: what the documents are called in an error message.
+        """
+        spoiled = np.flatnonzero(np.logical_or.reduceat(~np.isfinite(result), offsets[:-1]))
+        beyond = 0
+        for document in spoiled.tolist():
+            low, high = offsets[document : document + 2]
+            alone = (content, content_offsets[document : document + 2], offsets[document : document + 2] - low)
+            result[low:high] = self._score_windows(*alone, None, None)
+            if not np.isfinite(result[low:high]).all():
+                beyond += 1
+                result[low:high] = self._wider._score_windows(*alone, None, None)
+        _check_finite(result, 0, offsets, name)
+        if beyond:
+            log.warning("%s: %d of %d documents are beyond float16; scored in bfloat16", name, beyond, offsets.size - 1)
+
+    @cached_property
+    def _wider(self) -> EntropyScorer:
+        """The same in bfloat16."""
+        return EntropyScorer(
+            self.model,
+            device=self.device,
+            window_tokens=self.window_tokens,
+            precision="bfloat16",
+            reset_at_newlines=self.reset_at_newlines,
+        )
+
     @property
     def capacity(self) -> int:
         """Tokens of a full window."""
@@ -211,10 +284,16 @@ class EntropyScorer:
         """Return the state before a context's first token."""
         return self._runner.initial_state()
 
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Within it torch keeps no history, and takes the precision that `step` wants."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            yield
+
     def step(
         self, tokens: Tensor, offsets: Tensor, state: StreamState, max_length: int | None = None
     ) -> tuple[Tensor, StreamState]:
-        """Score one window, under the precision that the caller has set.
+        """Score one window, within `arithmetic()`.
 
         Args:
             tokens: int64 [T] on the device.
@@ -256,9 +335,6 @@ class EntropyScorer:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the model cannot be compiled here ({reason}); give --no-compile") from error
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._bfloat16 else nullcontext()
-
     def _to_device(self, window: Window) -> tuple[Tensor, Tensor]:
         """Return a window's tokens and context offsets on the device."""
         places = window.context_offsets
@@ -298,7 +374,7 @@ def scorer_identity(model: ByteLM, reset_at_newlines: bool) -> dict[str, Any]:
 
 
 def scoring_settings(
-    model: ByteLM, device: str, *, window_tokens: int | None, precision: str | None, compile: bool
+    model: ByteLM, device: str, *, window_tokens: int | None, precision: str | None, compile: bool | None
 ) -> dict[str, Any]:
     """Return what decides on the last bits of entropies besides the model, for provenance.
 
@@ -307,10 +383,10 @@ def scoring_settings(
         device: kind of device, `cpu` or `cuda`.
         window_tokens: as `EntropyScorer` takes it.
         precision: as `EntropyScorer` takes it.
-        compile: whether the model is compiled.
+        compile: as `EntropyScorer` takes it.
 
     Raises:
-        InputError: `window_tokens` is less than 1, or there is no such precision.
+        InputError: `window_tokens` is less than 1, or there is no such precision, or float16 is to be compiled.
     """
     if window_tokens is None:
         window_tokens = GPU_WINDOW_TOKENS if device == "cuda" else CPU_WINDOW_TOKENS
@@ -319,7 +395,13 @@ def scoring_settings(
         own = str(next(model.parameters()).dtype).removeprefix("torch.")
         precision = "bfloat16" if device == "cuda" else own
     elif precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}")
+        raise InputError(
+            f"precision {precision!r} is not known; choose {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+        )
+    if compile is None:
+        compile = device == "cuda" and precision != "float16"
+    elif compile and precision == "float16":
+        raise InputError("in float16 nothing is left to compile; leave --compile out, or take --precision bfloat16")
     return {
         "window_tokens": window_tokens,
         "precision": precision,

@@ -64,9 +64,9 @@ class ScorerSpec:
     window_tokens: int | None = None
     """Tokens that the model sees at once; None takes what suits the device."""
     precision: str | None = None
-    """`float32` or `bfloat16`; None takes what suits the device."""
+    """`float32`, `bfloat16` or `float16`; None takes what suits the device."""
     compile: bool | None = None
-    """Whether to compile the model; None does so on a GPU."""
+    """Whether to compile the model; None does so on a GPU, but not in float16."""
     reset_at_newlines: bool = False
     """Start the model's context afresh at every newline token."""
 
@@ -83,7 +83,7 @@ class ScorerSpec:
             device=device,
             window_tokens=self.window_tokens,
             precision=self.precision,
-            compile=device.type == "cuda" if self.compile is None else self.compile,
+            compile=self.compile,
             reset_at_newlines=self.reset_at_newlines,
         )
         return scorer
@@ -104,7 +104,7 @@ class ScorerSpec:
             device,
             window_tokens=self.window_tokens,
             precision=self.precision,
-            compile=device == "cuda" if self.compile is None else self.compile,
+            compile=self.compile,
         )
         return KnownIdentity(identity=entropies.scorer_identity(model, self.reset_at_newlines), settings=settings)
 

@@ -58,14 +58,15 @@ _options = combine_options(
     click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N  [the GPU if there is one]."),
     click.option(
         "--precision",
-        type=click.Choice(["float32", "bfloat16"]),
+        type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Arithmetic of the entropy model  [bfloat16 on a GPU].",
     ),
     click.option(
         "--compile/--no-compile",
         "compile_model",
         default=None,
-        help="Compile the entropy model: half a minute at the start, twice the speed on a GPU  [on a GPU].",
+        help="Compile the entropy model: half a minute at the start, twice the speed on a GPU  [on a GPU, but "
+        "not in float16].",
     ),
     click.option(
         "--reset-at-newlines",
