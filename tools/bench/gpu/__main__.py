@@ -21,7 +21,7 @@ SHARES = {
     "attention": 25.0,
     "cross_attention": 20.0,
     "training_step": 170.0,
-    "entropy_job": 60.0,
+    "entropy_job": 80.0,
     "generation": 80.0,
     "real_run": 150.0,
 }
