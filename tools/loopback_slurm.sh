@@ -54,7 +54,8 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
-SchedulerParameters=sched_min_interval=0,batch_sched_delay=0
+# Requeued jobs are looked at by the periodic schedulers alone, by default twice a minute.
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 # The machine may have fewer CPUs and less memory than jobs ask for.

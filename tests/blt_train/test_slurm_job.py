@@ -38,7 +38,7 @@ def wait_for_end(log: Path) -> None:
 
 def launch(workplace: Path, run: Path, command: str, *options: str) -> subprocess.CompletedProcess[str]:
     data = f"data.train={workplace / 'patched'}"
-    return run_command(command, "debug-blt", f"run={run}", data, "schedule.total_steps=150", *options)
+    return run_command(command, "debug-blt", f"run={run}", data, "schedule.total_steps=90", *options)
 
 
 def test_a_job_is_stopped_and_preempted_and_ends_as_an_undisturbed_run(slurm: None, workplace: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_job_is_stopped_and_preempted_and_ends_as_an_undisturbed_run(slurm: No
         time.sleep(0.1)
     stopped = len(read_metrics(run)[0])
     assert f"stopped by SIGUSR1 after step {stopped}" in log.read_text()
-    assert stopped < 150
+    assert stopped < 90
     # And what a pre-emption is.
     wait_for_step(run, stopped + 2, log)
     subprocess.run(["scontrol", "requeue", job], check=True)
