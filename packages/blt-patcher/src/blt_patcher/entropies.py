@@ -149,7 +149,7 @@ class EntropyScorer:
         else:
             self._runner = _in_bfloat16(model, self.device) if self._bfloat16 else model.to(self.device)
         # Fixed shapes are compiled once; and rows of a matrix product come out the same whatever is in the others.
-        self._pads = self._compiled or precision != "float32"
+        self._pads = self._compiled or self._bfloat16 or self._float16
         self._forward: Callable[..., Any] = torch.compile(self._entropies) if self._compiled else self._entropies
 
     @cached_property
