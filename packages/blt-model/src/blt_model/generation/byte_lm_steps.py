@@ -40,6 +40,7 @@ class ByteLMSteps:
         self._is_fused = is_fused
         blocks = block_steps(model.blocks)
         self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
+        self._stack = fused.resident_stack(blocks, self.cache) if is_fused else None
 
     def filler(self, first_row: int, texts: PackedTexts) -> CacheFiller:
         """What takes the keys and values of texts (the first in first_row) as they are run; sets their positions."""
@@ -56,12 +57,12 @@ class ByteLMSteps:
             positions = np.where(tokens.numpy(force=True) == self.context_start, 0, positions)
         return self.cache.plan(positions)
 
-    def plan_static(self, tokens: Tensor, positions: Tensor) -> AttentionStep | fused.FusedStep:
-        """Plan the same from positions on the device, int64 [n]."""
+    def plan_static(self, tokens: Tensor, positions: Tensor, programs: int = 0) -> AttentionStep | fused.FusedStep:
+        """Plan the same from positions on the device, int64 [n]; for programs see `FusedStep`."""
         if self.context_start is not None:
             positions = torch.where(tokens == self.context_start, 0, positions)
         if self._is_fused:
-            return fused.FusedStep(positions, None)
+            return fused.FusedStep(positions, None, programs)
         return self.cache.plan_static(positions, None, self.cache.capacity)
 
     def step(self, tokens: Tensor, step: AttentionStep | fused.FusedStep) -> Tensor:
@@ -75,6 +76,8 @@ class ByteLMSteps:
             [n, dim] the trunk's output.
         """
         x = F.embedding(tokens, self._embedding)
+        if self._stack is not None and isinstance(step, fused.FusedStep):
+            return self._stack(x, step.positions, step.programs)
         for layer, block in enumerate(self._blocks):
             x = block(x, self.cache, layer, step)  # type: ignore[arg-type]  # blocks and plans are of one kind
         return x

@@ -9,7 +9,7 @@ Legend: n rows, K vectors of a patch, L decoder layers with cross-attention.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -21,6 +21,8 @@ from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache
 from blt_model.config import TransformerConfig
+from blt_model.generation import resident
+from blt_model.generation.resident import ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.triton_support import HAS_TRITON
 
@@ -83,6 +85,8 @@ class FusedStep:
     """int64 [n] of the new tokens."""
     rows: Tensor | None
     """int64 [n] their rows; None for the first n."""
+    programs: int = 0
+    """Multiprocessors that a resident stack takes; 0 for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,18 @@ def embed(tokens: Tensor, positions: Tensor, hashes: HashHistory, byte_table: Te
 def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:
     """The fused form of a stack's blocks."""
     return [FusedBlock(block) for block in blocks]
+
+
+def resident_stack(
+    blocks: Sequence[BlockStep],
+    cache: AttentionCache,
+    *,
+    crosses: Mapping[int, CrossStep] | None = None,
+    patch: tuple[Tensor, Tensor] | None = None,
+) -> ResidentStack | None:
+    """The form of a stack in one launch; None where the cache has several rows or the device cannot."""
+    fits = cache.rows == 1 and resident.available(cache.keys.device) and resident.fits(cache.config)
+    return ResidentStack(blocks, cache, crosses=crosses, patch=patch) if fits else None
 
 
 class PatchKeys:

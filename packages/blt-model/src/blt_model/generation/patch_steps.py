@@ -16,6 +16,7 @@ from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
 from blt_model.cross_attention import CrossAttention
 from blt_model.generation import fused
 from blt_model.generation.prefill import Filler, PackedTexts, TextPatches, offsets_of
+from blt_model.generation.resident import ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps, pool_patches
 
 
@@ -43,6 +44,7 @@ class PatchSteps:
         self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
         self._patch_keys = fused.PatchKeys(self._decoder_cross) if is_fused else None
         self.latent = AttentionCache(config.latent, rows, dtype=weight.dtype, device=weight.device)
+        self._stack = fused.resident_stack(blocks, self.latent) if is_fused else None
         self.open_bytes = weight.new_zeros((len(self._encoder_cross), rows, open_capacity, config.encoder.dim))
         """[encoder layers with cross-attention, B, capacity, dim] byte states of open patches."""
         heads = config.cross_attention.num_heads
@@ -88,8 +90,11 @@ class PatchSteps:
         x = vectors.flatten(1)
         if self._latent_projection is not None:
             x = F.linear(x, self._latent_projection)
-        for layer, block in enumerate(self._blocks):
-            x = block(x, self.latent, layer, step)  # type: ignore[arg-type]  # blocks and plans are of one kind
+        if self._stack is not None and isinstance(step, fused.FusedStep):
+            x = self._stack(x.contiguous(), step.positions, step.programs)
+        else:
+            for layer, block in enumerate(self._blocks):
+                x = block(x, self.latent, layer, step)  # type: ignore[arg-type]  # blocks and plans are of one kind
         self.put_latents(rows, x)
 
     def _encode(self, rows: Tensor | int | None, longest: int, mask: Tensor | None) -> Tensor:
@@ -129,6 +134,19 @@ class PatchSteps:
         if self._patch_keys is not None:
             return fused.read_patches(cross, x, self.keys[index], self.values[index])
         return cross(x[:, None], self.keys[index, :count], self.values[index, :count]).squeeze(1)
+
+    def decoder_stack(
+        self, blocks: Sequence[BlockStep], cache: AttentionCache, layers: dict[int, int]
+    ) -> ResidentStack | None:
+        """The decoder in one launch, where that can be.
+
+        Args:
+            blocks: its blocks.
+            cache: its cache.
+            layers: those with cross-attention, each with its place among them.
+        """
+        crosses = {layer: self._decoder_cross[index] for layer, index in layers.items()}
+        return fused.resident_stack(blocks, cache, crosses=crosses, patch=(self.keys, self.values))
 
     def copy_row(self, source: int, target: int, *, patches: int, open_length: int) -> None:
         """Copy a row over another.

@@ -33,6 +33,7 @@ from blt_model.generation.graphs import GraphRunner, beside, bucket
 from blt_model.generation.patch_steps import BLTFiller, PatchSteps
 from blt_model.generation.patching import NewPatcher, NextPatch, push_all
 from blt_model.generation.prefill import PackedTexts, TextPatches, entropies_of, prefill_blt, prefill_byte_lm
+from blt_model.generation.resident import Programs, ResidentStack
 from blt_model.generation.steps import BlockStep, HashHistory, Norm, block_steps
 from blt_model.vocabulary import VOCABULARY_SIZE
 
@@ -181,6 +182,8 @@ class BLTSession:
         self._decoder_blocks = self._block_steps(model.decoder.blocks)
         self._encoder_cross = _places(model.encoder.cross_attention)
         self._decoder_cross = _places(model.decoder.cross_attention)
+        self._encoder_stack, self._decoder_stack = self._resident_stacks() if self._is_fused else (None, None)
+        self._programs = Programs.of(self.device, model, entropy_model)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
         self._numbers = StepNumbers(3, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
@@ -265,24 +268,37 @@ class BLTSession:
                 self._runner.clear()
                 self._addresses = addresses
 
+    def _resident_stacks(self) -> tuple[ResidentStack | None, ResidentStack | None]:
+        """The encoder and the decoder in one launch each, where that can be."""
+        encoder, decoder = (block_steps(part.blocks) for part in (self._model.encoder, self._model.decoder))
+        # What is kept of a byte is the state after the last layer alone.
+        has_one_state = list(self._encoder_cross) == [len(encoder) - 1]
+        return (
+            fused.resident_stack(encoder, self._encoder) if has_one_state else None,
+            self._patch_steps.decoder_stack(decoder, self._decoder, self._decoder_cross),
+        )
+
     def _block_steps(self, blocks: Iterable[object]) -> Sequence[BlockStep | fused.FusedBlock]:
         steps = block_steps(blocks)
         return fused.block_steps(steps) if self._is_fused else steps
 
-    def _plan_static(self, cache: AttentionCache, positions: Tensor, rows: Tensor | None, length: int) -> Plan:
+    def _plan_static(
+        self, cache: AttentionCache, positions: Tensor, rows: Tensor | None, length: int, programs: int = 0
+    ) -> Plan:
         if self._is_fused:
-            return fused.FusedStep(positions, rows)
+            return fused.FusedStep(positions, rows, programs or self._programs.all)
         return cache.plan_static(positions, rows, length)
 
     def _encode_static(self, size: int) -> None:
         positions, open_lengths, lm_positions = self._numbers.device[:, :size]
         tokens = self._tokens[:size]
-        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity)
+        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
         slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths
         # The entropy model and the encoder read nothing of each other.
         with beside(self.device) as join:
             if self._entropy_steps is not None:
-                self._put_entropies(tokens, self._entropy_steps.plan_static(tokens, lm_positions))
+                lm_plan = self._entropy_steps.plan_static(tokens, lm_positions, self._programs.entropy_model)
+                self._put_entropies(tokens, lm_plan)
         self._states[:size] = self._encode(tokens, positions, slots, plan)
         join()
 
@@ -300,6 +316,10 @@ class BLTSession:
     def _encode(self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: Plan) -> Tensor:
         """Byte states [n, dim]."""
         x = self._embed(tokens, positions)
+        if self._encoder_stack is not None and isinstance(plan, fused.FusedStep):
+            x = self._encoder_stack(x, plan.positions, plan.programs)
+            self._patch_steps.put_open(0, slots, x)
+            return x
         for layer, block in enumerate(self._encoder_blocks):
             x = block(x, self._encoder, layer, plan)  # type: ignore[arg-type]  # blocks and plans are of one kind
             if layer in self._encoder_cross:
@@ -339,6 +359,9 @@ class BLTSession:
 
     def _decode(self, x: Tensor, plan: Plan) -> Tensor:
         """Logits [n, V] from byte states [n, dim]."""
+        if self._decoder_stack is not None and isinstance(plan, fused.FusedStep):
+            x = self._decoder_stack(x, plan.positions, plan.programs)
+            return fused.normed_linear(x, self._norm, self._head)
         for layer, block in enumerate(self._decoder_blocks):
             if layer in self._decoder_cross:
                 x = self._patch_steps.read(self._decoder_cross[layer], x)

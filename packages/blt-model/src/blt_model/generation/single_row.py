@@ -105,10 +105,11 @@ class SingleRowSession(BLTSession):
         lm = self._entropy_steps
         with beside(self.device) as join:
             if lm is not None:
-                self._put_entropies(self._tokens, lm.plan_static(self._tokens, lm_positions))
-        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity)
+                lm_plan = lm.plan_static(self._tokens, lm_positions, self._programs.entropy_model)
+                self._put_entropies(self._tokens, lm_plan)
+        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
         self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
-        token = self._decode_and_choose(positions)
+        token = self._decode_and_choose(positions, self._programs.model)
         join()
         if lm is not None:
             self._result[2:] = self._entropies
@@ -119,10 +120,10 @@ class SingleRowSession(BLTSession):
 
     def _again(self) -> None:
         self._numbers.device[1].zero_()
-        self._hand_over(self._decode_and_choose(self._numbers.device[0] - 1))
+        self._hand_over(self._decode_and_choose(self._numbers.device[0] - 1, self._programs.all))
 
-    def _decode_and_choose(self, positions: Tensor) -> Tensor:
-        plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity)
+    def _decode_and_choose(self, positions: Tensor, programs: int) -> Tensor:
+        plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity, programs)
         token, log_probability = self._choose(self._decode(self._states, plan), self._uniform)
         self._result[:1] = token
         self._result[1:2] = log_probability

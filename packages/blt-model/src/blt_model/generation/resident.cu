@@ -1,0 +1,756 @@
+// A whole stack of transformer blocks for one token, in one launch.
+//
+// At one token a step costs what reading the weights costs, if reading never stops. Between kernels it does: each waits
+// for the row that the one before it makes. Here the programs stay for the whole stack, one to a multiprocessor, and
+// every warp has a ring of weights in shared memory that the copy engine keeps filling, in the order in which the warp
+// will need them, through all maps of all layers. What programs hand to each other goes through level 2 cache, word by
+// word: the two lowest bits of every float32 say which launch wrote it, so a reader knows by the word itself that it
+// is there, and nothing else is waited for. Each word has a place of its own in the exchange and is written once in a
+// launch.
+//
+// Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
+//   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
+//   one), MAPS and LAYERS of the stack, WARPS of a program, STAGES of a warp's ring, BFLOAT16 (0 for float16).
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define THREADS (WARPS * 32)
+#define CHUNK 1024           // inputs of a row in a stage of the ring
+#define STAGE (2 * CHUNK)    // numbers of a stage: two rows
+#define KV_STAGES 2
+#define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
+#define MOST (DIM > HIDDEN ? DIM : HIDDEN)
+#define ROUNDED (((MOST + 7) / 8) * 8)
+#define NOTHING (-1e30f)     // the largest score of no keys
+
+// A linear map, by units of two rows that one warp takes: neighbours, or a gate and its value.
+struct Map {
+    const u16* weight;
+    int units, inputs, gated;
+    int before;  // units of all maps before it, modulo the number of warps
+};
+
+// A layer. What it does not have is null.
+struct Layer {
+    const u16 *cross_norm, *cross_keys, *cross_values;  // keys and values [HEADS, VECTORS, WIDTH]
+    const u16 *attention_norm, *feed_norm;
+    u16 *keys, *values;  // [HEADS, capacity, WIDTH]
+    float cross_residual;
+    int unused;
+};
+
+// Where a layer's words lie in the exchange.
+#define AT_QUERY 0
+#define AT_CROSSED (AT_QUERY + DIM)
+#define AT_HEADS (AT_CROSSED + DIM)
+#define AT_PARTS (AT_HEADS + 3 * DIM)
+#define AT_STATS (AT_PARTS + SPLITS * DIM)
+#define AT_MIDDLE (AT_STATS + 2 * SPLITS * HEADS)
+#define AT_HIDDEN (AT_MIDDLE + DIM)
+#define AT_END (AT_HIDDEN + HIDDEN)
+#define LAYER_WORDS (AT_END + DIM)
+
+#ifndef EMULATED
+__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+__device__ __forceinline__ uint4 load_words(const u32* at) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_word(u32* at, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(word) : "memory");
+}
+__device__ __forceinline__ void barrier_begin(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barriers_begun() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra again;\n"
+        "}\n" :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// What is read once in a step goes from level 2 cache first; keys and values may stay for the next step.
+__device__ __forceinline__ u64 once_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ u64 kept_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
+}
+__device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ u32 as_bits(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float half16_to_float(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
+    return value;
+}
+__device__ __forceinline__ u32 float_to_number(float value) {
+    u16 bits;
+#if BFLOAT16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+    return bits;
+}
+extern __shared__ __align__(128) unsigned char shared_memory[];
+#endif
+
+// The two numbers of a word of weights, keys or values.
+__device__ __forceinline__ float low_number(u32 word) {
+#if BFLOAT16
+    return as_float(word << 16);
+#else
+    return half16_to_float(word & 0xffffu);
+#endif
+}
+__device__ __forceinline__ float high_number(u32 word) {
+#if BFLOAT16
+    return as_float(word & 0xffff0000u);
+#else
+    return half16_to_float(word >> 16);
+#endif
+}
+
+__device__ __forceinline__ u32 sealed(float value, u32 epoch) { return ((as_bits(value) + 2u) & ~3u) | epoch; }
+__device__ __forceinline__ float opened(u32 word) { return as_float(word & ~3u); }
+__device__ __forceinline__ bool is_there(uint4 v, u32 epoch) {
+    return (((v.x ^ epoch) | (v.y ^ epoch) | (v.z ^ epoch) | (v.w ^ epoch)) & 3u) == 0;
+}
+__device__ __forceinline__ float4 opened4(uint4 v) {
+    return make_float4(opened(v.x), opened(v.y), opened(v.z), opened(v.w));
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+    for (int mask = 16; mask; mask >>= 1) value += shuffle_xor(value, mask);
+    return value;
+}
+
+__device__ __forceinline__ float dot8(uint4 words, float4 first, float4 second, float sum) {
+    sum = fmaf(low_number(words.x), first.x, sum);
+    sum = fmaf(high_number(words.x), first.y, sum);
+    sum = fmaf(low_number(words.y), first.z, sum);
+    sum = fmaf(high_number(words.y), first.w, sum);
+    sum = fmaf(low_number(words.z), second.x, sum);
+    sum = fmaf(high_number(words.z), second.y, sum);
+    sum = fmaf(low_number(words.w), second.z, sum);
+    return fmaf(high_number(words.w), second.w, sum);
+}
+
+__device__ __forceinline__ void unpack(uint4 words, float* to) {
+    to[0] = low_number(words.x), to[1] = high_number(words.x), to[2] = low_number(words.y), to[3] = high_number(words.y);
+    to[4] = low_number(words.z), to[5] = high_number(words.z), to[6] = low_number(words.w), to[7] = high_number(words.w);
+}
+
+// Shared memory of a program.
+struct Shared {
+    u16 ring[WARPS * STAGES * STAGE];
+    u16 keys[KV_STAGES * KEYS * WIDTH];
+    u16 values[KV_STAGES * KEYS * WIDTH];
+    float row[ROUNDED];    // what maps multiply: of every eight numbers the first four, and from ROUNDED / 2 the others
+    float residual[DIM];
+    float heads[3 * WIDTH];  // the new token's query, key and value of a head
+    float merged[WARPS * WIDTH];
+    float merged_stats[WARPS * 2];
+    float squares[WARPS];
+    u64 full[WARPS * STAGES];
+    u64 kv_full[KV_STAGES];
+    Map maps[MAPS];
+    Layer layers[LAYERS];
+    float angles[WIDTH];   // the position's cosines and sines, in turn
+};
+
+static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for this");
+
+// For the host.
+extern "C" __device__ const int shared_bytes = sizeof(Shared);
+
+// What of the keys one part of a head's attention reads.
+struct Part {
+    int begin, end, blocks;
+};
+__device__ __forceinline__ Part part_of(int item, int held) {
+    int each = (held + SPLITS - 1) / SPLITS;
+    int length = (each + KEYS - 1) / KEYS * KEYS;
+    Part part;
+    part.begin = item % SPLITS * length;
+    part.end = min(part.begin + length, held);
+    part.blocks = part.end > part.begin ? (part.end - part.begin + KEYS - 1) / KEYS : 0;
+    return part;
+}
+
+struct Program {
+    Shared& s;
+    u32* exchange;
+    const u16* input;
+    u16* output;
+    u32 epoch;
+    u64 once, kept;
+    int thread, warp, lane, cta, ctas;
+    int position, slot, held, capacity;
+    float eps;
+    // The ring: what this warp loads next, and the stage that it reads next.
+    int load_map, load_unit, load_units, load_inputs, load_left, load_stage;
+    const u16* load_from;
+    i64 load_other, load_jump;  // to the other row, and from a unit's end to the next unit
+    int stage;
+    u32 parity;
+    // The same for keys and values, of the program as a whole.
+    int kv_layer, kv_item, kv_block, kv_load_stage;
+    int kv_stage;
+    u32 kv_parity;
+
+    __device__ Program(Shared& shared) : s(shared) {}
+
+    __device__ __forceinline__ u32* words(int layer, int at) { return exchange + (i64)layer * LAYER_WORDS + at; }
+
+    __device__ __forceinline__ int first_unit(int map) {
+        int warps = WARPS * ctas;
+        int unit = warp * ctas + cta - s.maps[map].before;
+        return unit < 0 ? unit + warps : unit;
+    }
+
+    // Go on to the next map of which this warp has a unit.
+    __device__ __forceinline__ void next_map() {
+        load_left = 0;
+        while (++load_map < MAPS) {
+            const Map& map = s.maps[load_map];
+            load_unit = first_unit(load_map);
+            if (load_unit >= map.units) continue;
+            int rows = map.gated ? 1 : 2;  // from a unit to the next
+            load_units = map.units;
+            load_left = load_inputs = map.inputs;
+            load_from = map.weight + (i64)load_unit * rows * map.inputs;
+            load_other = map.gated ? (i64)map.units * map.inputs : map.inputs;
+            load_jump = (i64)(rows * WARPS * ctas - 1) * map.inputs;
+            return;
+        }
+    }
+
+    // Begin to load a stage; for one lane.
+    __device__ __forceinline__ void load_next() {
+        if (load_left == 0) return;
+        int count = min(CHUNK, load_left), at = warp * STAGES + load_stage;
+        u64* barrier = s.full + at;
+        u16* to = s.ring + at * STAGE;
+        barrier_expect(barrier, 4 * count);
+        bulk_copy(to, load_from, 2 * count, barrier, once);
+        bulk_copy(to + CHUNK, load_from + load_other, 2 * count, barrier, once);
+        load_stage = load_stage + 1 == STAGES ? 0 : load_stage + 1;
+        load_from += count;
+        load_left -= count;
+        if (load_left > 0) return;
+        load_unit += WARPS * ctas;
+        load_from += load_jump;
+        load_left = load_inputs;
+        if (load_unit >= load_units) next_map();
+    }
+
+    // Go on to the next block of keys that this program reads.
+    __device__ __forceinline__ void kv_seek() {
+        while (kv_layer < LAYERS && (kv_item >= HEADS * SPLITS || kv_block >= part_of(kv_item, held).blocks)) {
+            kv_block = 0;
+            kv_item += ctas;
+            if (kv_item >= HEADS * SPLITS) {
+                kv_item = cta;
+                kv_layer++;
+                if (cta >= HEADS * SPLITS) kv_layer = LAYERS;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void kv_load_next() {
+        if (kv_layer >= LAYERS) return;
+        Part part = part_of(kv_item, held);
+        int begin = part.begin + kv_block * KEYS;
+        int count = min(KEYS, part.end - begin) * WIDTH;
+        i64 from = ((i64)(kv_item / SPLITS) * capacity + begin) * WIDTH;
+        u64* barrier = s.kv_full + kv_load_stage;
+        barrier_expect(barrier, 4 * count);
+        bulk_copy(s.keys + kv_load_stage * KEYS * WIDTH, s.layers[kv_layer].keys + from, 2 * count, barrier, kept);
+        bulk_copy(s.values + kv_load_stage * KEYS * WIDTH, s.layers[kv_layer].values + from, 2 * count, barrier, kept);
+        kv_load_stage = kv_load_stage + 1 == KV_STAGES ? 0 : kv_load_stage + 1;
+        kv_block++;
+        kv_seek();
+    }
+
+    // Four numbers of the row that the next map multiplies.
+    __device__ __forceinline__ void put(int quarter, float4 v) {
+        ((float4*)(s.row + (quarter & 1) * (ROUNDED / 2)))[quarter >> 1] = v;
+    }
+
+    // Wait for some words and give them to a function, four at a time: take(turn, quarter, float4).
+    template <int COUNT, class Take>
+    __device__ __forceinline__ void gather(const u32* from, Take take) {
+        constexpr int all = (COUNT / 4 + THREADS - 1) / THREADS;
+        constexpr int batch = all < 8 ? all : 8;
+        for (int base = 0; base < all; base += batch) {
+            uint4 v[batch];
+#pragma unroll
+            for (int i = 0; i < batch; i++) v[i] = make_uint4(0, 0, 0, 0);
+            bool waits = true;
+            while (waits) {
+                waits = false;
+#pragma unroll
+                for (int i = 0; i < batch; i++) {
+                    int quarter = thread + (base + i) * THREADS;
+                    if (quarter < COUNT / 4 && !is_there(v[i], epoch)) v[i] = load_words(from + 4 * quarter);
+                }
+#pragma unroll
+                for (int i = 0; i < batch; i++) {
+                    int quarter = thread + (base + i) * THREADS;
+                    waits |= quarter < COUNT / 4 && !is_there(v[i], epoch);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < batch; i++) {
+                int quarter = thread + (base + i) * THREADS;
+                if (quarter < COUNT / 4) take(i, quarter, opened4(v[i]));
+            }
+        }
+    }
+
+    // Take the residual stream, from the exchange or where there is none from the input, times a norm's scales; returns
+    // what the results must be multiplied by.
+    __device__ __forceinline__ float take_normalised(const u32* from, const u16* norm) {
+        constexpr int all = (DIM / 4 + THREADS - 1) / THREADS;
+        uint2 scales[all];
+#pragma unroll
+        for (int i = 0; i < all; i++) {
+            int quarter = thread + i * THREADS;
+            if (quarter < DIM / 4) scales[i] = ((const uint2*)norm)[quarter];
+        }
+        float squares = 0.0f;
+        static_assert(all <= 8, "a turn counts from the first word");
+        auto take = [&](int turn, int quarter, float4 v) {
+            uint2 scale = scales[turn];
+            ((float4*)s.residual)[quarter] = v;
+            squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            put(quarter, make_float4(v.x * low_number(scale.x), v.y * high_number(scale.x), v.z * low_number(scale.y),
+                                     v.w * high_number(scale.y)));
+        };
+        if (from == nullptr) {
+#pragma unroll
+            for (int i = 0; i < all; i++) {
+                int quarter = thread + i * THREADS;
+                if (quarter < DIM / 4) {
+                    uint2 x = ((const uint2*)input)[quarter];
+                    take(i, quarter, make_float4(low_number(x.x), high_number(x.x), low_number(x.y), high_number(x.y)));
+                }
+            }
+        } else {
+            gather<DIM>(from, take);
+        }
+        squares = warp_sum(squares);
+        if (lane == 0) s.squares[warp] = squares;
+        __syncthreads();
+        float total = 0.0f;
+        for (int i = 0; i < WARPS; i++) total += s.squares[i];
+        return rsqrtf(total * (1.0f / DIM) + eps);
+    }
+
+    // This warp's units of a map of the row: give(unit, first, second) with both rows' sums, in all lanes.
+    template <class Give>
+    __device__ __forceinline__ void multiply(int index, Give give) {
+        const Map map = s.maps[index];
+        const float4* first = (const float4*)s.row;
+        const float4* second = (const float4*)(s.row + ROUNDED / 2);
+        for (int unit = first_unit(index); unit < map.units; unit += WARPS * ctas) {
+            // Sums of their own for every turn, so that no sum waits long for the one before.
+            float one[CHUNK / 256] = {}, two[CHUNK / 256] = {};
+            for (int begin = 0; begin < map.inputs; begin += CHUNK) {
+                const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
+                int count = min(CHUNK, map.inputs - begin) / 8;
+                barrier_wait(s.full + warp * STAGES + stage, parity);
+#pragma unroll
+                for (int i = 0; i < CHUNK / 256; i++) {
+                    int at = lane + 32 * i;
+                    if (at < count) {
+                        float4 a = first[begin / 8 + at], b = second[begin / 8 + at];
+                        one[i] = dot8(rows[at], a, b, one[i]);
+                        two[i] = dot8(rows[CHUNK / 8 + at], a, b, two[i]);
+                    }
+                }
+                __syncwarp();
+                // The last stage of a unit is filled anew once the unit's result is on its way.
+                if (begin + CHUNK < map.inputs && lane == 0) load_next();
+                if (++stage == STAGES) {
+                    stage = 0;
+                    parity ^= 1;
+                }
+            }
+#pragma unroll
+            for (int i = 1; i < CHUNK / 256; i++) one[0] += one[i], two[0] += two[i];
+            give(unit, warp_sum(one[0]), warp_sum(two[0]));
+            if (lane == 0) load_next();
+        }
+        // The row may be overwritten now.
+        __syncthreads();
+    }
+
+    // A map whose results, times a scale and with the residual stream added, go to the exchange.
+    __device__ __forceinline__ void multiply_to(u32* to, int index, float scale, float residual) {
+        multiply(index, [&](int unit, float one, float two) {
+            if (lane < 2) {
+                float value = (lane == 0 ? one : two) * scale;
+                if (residual != 0.0f) value += residual * s.residual[2 * unit + lane];
+                store_word(to + 2 * unit + lane, sealed(value, epoch));
+            }
+        });
+    }
+
+    // The new token's part of a head: its query, key and value.
+    __device__ __forceinline__ void take_head(int layer, int head) {
+        const u32* from = words(layer, AT_HEADS) + head * WIDTH;
+        if (thread < 3 * WIDTH / 4) {
+            int which = thread / (WIDTH / 4), quarter = thread % (WIDTH / 4);
+            uint4 v = make_uint4(0, 0, 0, 0);
+            while (!is_there(v, epoch)) v = load_words(from + which * DIM + 4 * quarter);
+            ((float4*)s.heads)[thread] = opened4(v);
+        }
+        __syncthreads();
+    }
+
+    // One part of one head's attention over the cache, which takes the new key and value.
+    __device__ __forceinline__ void attend(int layer, int item) {
+        constexpr int lanes = WIDTH / 8;     // that share a key
+        constexpr int beside = 32 / lanes;   // keys of a warp at once
+        constexpr int turns = KEYS / (WARPS * beside);
+        static_assert(turns * WARPS * beside == KEYS, "every warp takes as many keys");
+        int head = item / SPLITS;
+        Part part = part_of(item, held);
+        take_head(layer, head);
+        int e = lane % lanes * 8;
+        float query[8], key[8], value[8], sums[8];
+        float scale = rsqrtf((float)WIDTH);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            float cosine = s.angles[e + j], sine = s.angles[e + j + 1];
+            float a = s.heads[e + j], b = s.heads[e + j + 1];
+            query[j] = (a * cosine - b * sine) * scale;
+            query[j + 1] = (b * cosine + a * sine) * scale;
+            a = s.heads[WIDTH + e + j], b = s.heads[WIDTH + e + j + 1];
+            key[j] = low_number(float_to_number(a * cosine - b * sine));
+            key[j + 1] = low_number(float_to_number(b * cosine + a * sine));
+            value[j] = low_number(float_to_number(s.heads[2 * WIDTH + e + j]));
+            value[j + 1] = low_number(float_to_number(s.heads[2 * WIDTH + e + j + 1]));
+            sums[j] = sums[j + 1] = 0.0f;
+        }
+        float best = NOTHING, mass = 0.0f;
+        for (int block = 0; block < part.blocks; block++) {
+            int begin = part.begin + block * KEYS;
+            barrier_wait(s.kv_full + kv_stage, kv_parity);
+            float score[turns], v[turns][8];
+#pragma unroll
+            for (int turn = 0; turn < turns; turn++) {
+                int i = (turn * WARPS + warp) * beside + lane / lanes, place = begin + i;
+                bool kept = place < part.end;
+                const uint4* at = (const uint4*)(s.keys + (kv_stage * KEYS + i) * WIDTH + e);
+                const uint4* at_value = (const uint4*)(s.values + (kv_stage * KEYS + i) * WIDTH + e);
+                float k[8];
+                if (place == slot) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) k[j] = key[j], v[turn][j] = value[j];
+                } else {
+                    uint4 a = kept ? *at : make_uint4(0, 0, 0, 0), b = kept ? *at_value : make_uint4(0, 0, 0, 0);
+                    unpack(a, k);
+                    unpack(b, v[turn]);
+                }
+                float sum = 0.0f, other = 0.0f;
+#pragma unroll
+                for (int j = 0; j < 8; j += 2) {
+                    sum = fmaf(k[j], query[j], sum);
+                    other = fmaf(k[j + 1], query[j + 1], other);
+                }
+                sum += other;
+#pragma unroll
+                for (int mask = 1; mask < lanes; mask *= 2) sum += shuffle_xor(sum, mask);
+                score[turn] = kept ? sum : NOTHING;
+            }
+            float largest = best;
+#pragma unroll
+            for (int turn = 0; turn < turns; turn++) largest = fmaxf(largest, score[turn]);
+            float shrink = __expf(best - largest);
+            best = largest;
+            mass *= shrink;
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums[j] *= shrink;
+#pragma unroll
+            for (int turn = 0; turn < turns; turn++) {
+                float share = score[turn] > NOTHING ? __expf(score[turn] - largest) : 0.0f;
+                mass += share;
+#pragma unroll
+                for (int j = 0; j < 8; j++) sums[j] = fmaf(share, v[turn][j], sums[j]);
+            }
+            __syncthreads();
+            if (thread == 0) kv_load_next();
+            if (++kv_stage == KV_STAGES) {
+                kv_stage = 0;
+                kv_parity ^= 1;
+            }
+        }
+        if (warp == 0 && lane < lanes && slot >= part.begin && slot < part.end) {
+            i64 at = ((i64)head * capacity + slot) * WIDTH + e;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                s.layers[layer].keys[at + j] = (u16)float_to_number(key[j]);
+                s.layers[layer].values[at + j] = (u16)float_to_number(value[j]);
+            }
+        }
+        // Together: the keys of a warp, then the warps.
+#pragma unroll
+        for (int mask = lanes; mask < 32; mask *= 2) {
+            float other = shuffle_xor(best, mask), largest = fmaxf(best, other);
+            float shrink = __expf(best - largest), share = __expf(other - largest);
+            mass = mass * shrink + shuffle_xor(mass, mask) * share;
+            best = largest;
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums[j] = sums[j] * shrink + shuffle_xor(sums[j], mask) * share;
+        }
+        if (lane < lanes) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) s.merged[warp * WIDTH + e + j] = sums[j];
+        }
+        if (lane == 0) s.merged_stats[2 * warp] = best, s.merged_stats[2 * warp + 1] = mass;
+        __syncthreads();
+        if (thread < WIDTH) {
+            float largest = NOTHING, total = 0.0f, all = 0.0f;
+            for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.merged_stats[2 * i]);
+            for (int i = 0; i < WARPS; i++) {
+                float share = __expf(s.merged_stats[2 * i] - largest);
+                total += share * s.merged[i * WIDTH + thread];
+                all += share * s.merged_stats[2 * i + 1];
+            }
+            store_word(words(layer, AT_PARTS) + item * WIDTH + thread, sealed(total, epoch));
+            if (thread < 2)
+                store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
+        }
+        __syncthreads();
+    }
+
+    // Join the parts of all heads to the row.
+    __device__ __forceinline__ void take_attention(int layer) {
+        const u32* parts = words(layer, AT_PARTS);
+        const u32* stats = words(layer, AT_STATS);
+        for (int quarter = thread; quarter < DIM / 4; quarter += THREADS) {
+            int head = 4 * quarter / WIDTH, e = 4 * quarter % WIDTH;
+            uint4 v[SPLITS], t[SPLITS / 2];
+#pragma unroll
+            for (int i = 0; i < SPLITS; i++) v[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int i = 0; i < SPLITS / 2; i++) t[i] = make_uint4(0, 0, 0, 0);
+            bool waits = true;
+            while (waits) {
+                waits = false;
+#pragma unroll
+                for (int i = 0; i < SPLITS; i++)
+                    if (!is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
+#pragma unroll
+                for (int i = 0; i < SPLITS / 2; i++)
+                    if (!is_there(t[i], epoch)) t[i] = load_words(stats + 2 * head * SPLITS + 4 * i);
+#pragma unroll
+                for (int i = 0; i < SPLITS; i++) waits |= !is_there(v[i], epoch);
+#pragma unroll
+                for (int i = 0; i < SPLITS / 2; i++) waits |= !is_there(t[i], epoch);
+            }
+            float largest = NOTHING;
+#pragma unroll
+            for (int i = 0; i < SPLITS / 2; i++) largest = fmaxf(largest, fmaxf(opened(t[i].x), opened(t[i].z)));
+            float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float mass = 0.0f;
+#pragma unroll
+            for (int i = 0; i < SPLITS; i++) {
+                float best = opened(i % 2 ? t[i / 2].z : t[i / 2].x), each = opened(i % 2 ? t[i / 2].w : t[i / 2].y);
+                float share = __expf(best - largest);
+                float4 one = opened4(v[i]);
+                mass += share * each;
+                total.x += share * one.x, total.y += share * one.y;
+                total.z += share * one.z, total.w += share * one.w;
+            }
+            float over = __fdividef(1.0f, mass);
+            put(quarter, make_float4(total.x * over, total.y * over, total.z * over, total.w * over));
+        }
+        __syncthreads();
+    }
+
+#if VECTORS > 0
+    // Every program reads the patch's vectors for all heads, as that takes less time than handing the results on.
+    __device__ __forceinline__ void take_crossed(int layer) {
+        constexpr int each = (HEADS + WARPS - 1) / WARPS, parts = (WIDTH + 31) / 32;
+        u16 keys[each][VECTORS][parts], values[each][VECTORS][parts];
+        // On their way while the queries are waited for.
+#pragma unroll
+        for (int turn = 0; turn < each; turn++) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) {
+#pragma unroll
+                for (int part = 0; part < parts; part++) {
+                    int head = turn * WARPS + warp, e = lane + 32 * part;
+                    bool kept = head < HEADS && e < WIDTH;
+                    int at = (head * VECTORS + i) * WIDTH + e;
+                    keys[turn][i][part] = kept ? s.layers[layer].cross_keys[at] : 0;
+                    values[turn][i][part] = kept ? s.layers[layer].cross_values[at] : 0;
+                }
+            }
+        }
+        gather<DIM>(words(layer, AT_QUERY), [&](int, int quarter, float4 v) { put(quarter, v); });
+        __syncthreads();
+        float scale = rsqrtf((float)WIDTH);
+#pragma unroll
+        for (int turn = 0; turn < each; turn++) {
+            int first = (turn * WARPS + warp) * WIDTH;
+            float scores[VECTORS], largest = NOTHING, mass = 0.0f;
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) {
+                scores[i] = 0.0f;
+#pragma unroll
+                for (int part = 0; part < parts; part++) {
+                    int k = first + lane + 32 * part;
+                    bool kept = k < DIM && lane + 32 * part < WIDTH;
+                    scores[i] = fmaf(low_number(keys[turn][i][part]), kept ? row_at(k) : 0.0f, scores[i]);
+                }
+                scores[i] = warp_sum(scores[i]) * scale;
+                largest = fmaxf(largest, scores[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) mass += scores[i] = __expf(scores[i] - largest);
+            float over = __fdividef(1.0f, mass);
+            // A head's query has been read, by the one warp that takes the head.
+#pragma unroll
+            for (int part = 0; part < parts; part++) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int i = 0; i < VECTORS; i++) sum = fmaf(scores[i], low_number(values[turn][i][part]), sum);
+                int k = first + lane + 32 * part;
+                if (k < DIM && lane + 32 * part < WIDTH) row_at(k) = sum * over;
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ float& row_at(int k) {
+        return s.row[(k >> 2 & 1) * (ROUNDED / 2) + (k >> 3) * 4 + (k & 3)];
+    }
+#endif
+
+    __device__ __forceinline__ void run() {
+        int map = 0;
+        const u32* stream = nullptr;
+        for (int layer = 0; layer < LAYERS; layer++) {
+#if VECTORS > 0
+            if (s.layers[layer].cross_norm != nullptr) {
+                float scale = take_normalised(stream, s.layers[layer].cross_norm);
+                multiply_to(words(layer, AT_QUERY), map++, scale, 0.0f);
+                take_crossed(layer);
+                multiply_to(words(layer, AT_CROSSED), map++, 1.0f, s.layers[layer].cross_residual);
+                stream = words(layer, AT_CROSSED);
+            }
+#endif
+            float scale = take_normalised(stream, s.layers[layer].attention_norm);
+            multiply_to(words(layer, AT_HEADS), map++, scale, 0.0f);
+            for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
+            take_attention(layer);
+            multiply_to(words(layer, AT_MIDDLE), map++, 1.0f, 1.0f);
+            scale = take_normalised(words(layer, AT_MIDDLE), s.layers[layer].feed_norm);
+            u32* hidden = words(layer, AT_HIDDEN);
+            multiply(map++, [&](int unit, float gate, float value) {
+                gate *= scale;
+                value *= scale;
+                if (lane == 0) store_word(hidden + unit, sealed(__fdividef(value * gate, 1.0f + __expf(-gate)), epoch));
+            });
+            gather<HIDDEN>(hidden, [&](int, int quarter, float4 v) { put(quarter, v); });
+            __syncthreads();
+            if (layer + 1 < LAYERS) {
+                multiply_to(words(layer, AT_END), map++, 1.0f, 1.0f);
+            } else {
+                multiply(map++, [&](int unit, float one, float two) {
+                    if (lane < 2) {
+                        float value = (lane == 0 ? one : two) + s.residual[2 * unit + lane];
+                        output[2 * unit + lane] = (u16)float_to_number(value);
+                    }
+                });
+            }
+            stream = words(layer, AT_END);
+        }
+    }
+};
+
+// maps [MAPS], layers [LAYERS] and exchange [LAYERS * LAYER_WORDS] lie in global memory; state [2] holds how many
+// launches there have been and how many programs of this one have ended; input and output are [DIM]; rotary are the
+// cosines and sines [positions, WIDTH / 2, 2].
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, const u16* input, u16* output,
+               const i64* position, const float* rotary, int capacity, float eps) {
+    Shared& s = *(Shared*)shared_memory;
+    Program p(s);
+    p.thread = threadIdx.x;
+    p.warp = threadIdx.x / 32;
+    p.lane = threadIdx.x % 32;
+    p.cta = blockIdx.x;
+    p.ctas = gridDim.x;
+    for (int i = p.thread; i < MAPS; i += THREADS) s.maps[i] = maps[i];
+    for (int i = p.thread; i < LAYERS; i += THREADS) s.layers[i] = layers[i];
+    if (p.thread < WIDTH) s.angles[p.thread] = rotary[*position * WIDTH + p.thread];
+    if (p.thread == 0) {
+        for (int i = 0; i < WARPS * STAGES; i++) barrier_begin(s.full + i);
+        for (int i = 0; i < KV_STAGES; i++) barrier_begin(s.kv_full + i);
+        barriers_begun();
+    }
+    p.exchange = exchange;
+    p.input = input;
+    p.output = output;
+    p.epoch = *(volatile u32*)state % 3 + 1;
+    p.once = once_policy();
+    p.kept = kept_policy();
+    p.capacity = capacity;
+    p.position = (int)*position;
+    p.slot = p.position % capacity;
+    p.held = min(p.position + 1, capacity);
+    p.eps = eps;
+    p.load_stage = p.stage = 0;
+    p.load_map = -1;
+    p.load_left = 0;
+    p.parity = p.kv_parity = 0;
+    p.kv_layer = p.kv_block = p.kv_load_stage = p.kv_stage = 0;
+    p.kv_item = p.cta;
+    __syncthreads();
+    if (p.lane == 0) {
+        p.next_map();
+        for (int i = 0; i < STAGES; i++) p.load_next();
+    }
+    if (p.thread == 0) {
+        if (p.cta >= HEADS * SPLITS) p.kv_layer = LAYERS;
+        p.kv_seek();
+        for (int i = 0; i < KV_STAGES; i++) p.kv_load_next();
+    }
+    p.run();
+    if (p.thread == 0) {
+        u32 ended = atomicAdd(state + 1, 1u);
+        if (ended == p.ctas - 1) {
+            state[1] = 0;
+            *(volatile u32*)state += 1;
+        }
+    }
+}

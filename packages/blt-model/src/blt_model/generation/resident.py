@@ -1,0 +1,352 @@
+"""A whole stack of blocks for one token in one launch: the host's side of `resident.cu`, where the why is written.
+
+The kernel is compiled at first use by NVRTC, which like the driver's bindings comes with torch on Linux; no compiler
+needs to be installed. It needs the copy engine of compute capability 9, and a multiprocessor for each of its programs,
+all at once: it is launched cooperatively, so that a launch begins when there is room for all of it.
+
+Legend: L layers, H heads, E head width, K vectors of a patch, C places of a cache, S parts of a head's attention.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blt_model.blt import BLT
+from blt_model.byte_lm import ByteLM
+from blt_model.caches import AttentionCache
+from blt_model.config import TransformerConfig
+from blt_model.errors import ModelError
+from blt_model.generation.steps import BlockStep, CrossStep
+
+_WARPS = 8
+"""Of a program: 8 or 16."""
+_CHUNK = 1024
+_KV_NUMBERS = 2 * 4096
+"""Numbers of keys, and of values, under way at once."""
+_MOST_SHARED = 232_448 - 1_024
+"""Bytes of shared memory of a program; the system keeps the last."""
+_LONG = 1_024
+"""Places of a cache above which heads are cut into eight parts, not four."""
+
+_MAP = np.dtype(
+    [("weight", np.uint64), ("units", np.int32), ("inputs", np.int32), ("gated", np.int32), ("before", np.int32)]
+)
+_LAYER = np.dtype(
+    [
+        ("cross_norm", np.uint64),
+        ("cross_keys", np.uint64),
+        ("cross_values", np.uint64),
+        ("attention_norm", np.uint64),
+        ("feed_norm", np.uint64),
+        ("keys", np.uint64),
+        ("values", np.uint64),
+        ("cross_residual", np.float32),
+        ("unused", np.int32),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What the kernel is compiled for."""
+
+    dim: int
+    hidden: int
+    heads: int
+    width: int
+    splits: int
+    vectors: int
+    """K; 0 where no layer reads a patch."""
+    maps: int
+    layers: int
+    is_bfloat16: bool
+    warps: int = _WARPS
+
+    @property
+    def layer_words(self) -> int:
+        """Words of 32 bits that programs exchange in a layer."""
+        return 7 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
+
+    @property
+    def stages(self) -> int:
+        """Of a warp's ring: as many as there is room for."""
+        most = -(-max(self.dim, self.hidden) // 8) * 8
+        floats = most + self.dim + 3 * self.width + self.warps * self.width + 3 * self.warps + self.width
+        fixed = 4 * _KV_NUMBERS + 4 * floats + 8 * 2 + _MAP.itemsize * self.maps + _LAYER.itemsize * self.layers
+        return (_MOST_SHARED - fixed) // (self.warps * (4 * _CHUNK + 8))
+
+    def macros(self) -> dict[str, int]:
+        """What the source has to have defined."""
+        return {
+            "DIM": self.dim,
+            "HIDDEN": self.hidden,
+            "HEADS": self.heads,
+            "WIDTH": self.width,
+            "SPLITS": self.splits,
+            "VECTORS": self.vectors,
+            "MAPS": self.maps,
+            "LAYERS": self.layers,
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "BFLOAT16": int(self.is_bfloat16),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Programs:
+    """How many programs the launches of a step take, one to a multiprocessor."""
+
+    all: int
+    """Of a launch that is alone."""
+    model: int
+    """Of the encoder's or the decoder's, beside"""
+    entropy_model: int
+    """the entropy model's."""
+
+    @classmethod
+    def of(cls, device: torch.device, model: BLT, entropy_model: ByteLM | None) -> Programs:
+        """Divide a device's multiprocessors by the weights that the two read for a byte."""
+        if device.type != "cuda":
+            return cls(all=1, model=1, entropy_model=1)
+        everything = torch.cuda.get_device_properties(device).multi_processor_count
+        if entropy_model is None:
+            return cls(all=everything, model=everything, entropy_model=1)
+        beside = _weights(entropy_model.blocks), _weights(model.encoder.blocks) + _weights(model.decoder)
+        own = min(max(1, round(everything * beside[0] / sum(beside))), everything - 1)
+        return cls(all=everything, model=everything - own, entropy_model=own)
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def source() -> str:
+    """The kernel's source."""
+    return resources.files("blt_model.generation").joinpath("resident.cu").read_text(encoding="utf-8")
+
+
+def fits(config: TransformerConfig) -> bool:
+    """Whether the kernel can run stacks of a shape."""
+    width = config.head_dim
+    widths_fit = config.dim % 8 == 0 and config.feed_forward_dim % 8 == 0 and config.dim <= 8_192
+    heads_fit = config.kv_heads == config.num_heads and config.num_heads * width == config.dim
+    return widths_fit and heads_fit and 16 <= width <= 256 and width & (width - 1) == 0
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernel can be compiled and run on a device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return all(map(_has_module, ("cuda.bindings.driver", "cuda.bindings.nvrtc")))
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class StackTables:
+    """What the kernel reads and writes besides the token: where weights and caches lie, and what programs exchange."""
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockStep],
+        cache: AttentionCache,
+        *,
+        crosses: Mapping[int, CrossStep] | None = None,
+        patch: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Point to weights and caches as they lie.
+
+        Args:
+            blocks: of the stack.
+            cache: of the stack, one row.
+            crosses: the layers that read a patch before their block, with their parameters; None for none.
+            patch: keys and values [layers with cross-attention, 1, H, K, E] of the newest patch; None for none.
+        """
+        first, crosses = blocks[0], crosses or {}
+        self.blocks, self.cache, self.crosses, self.patch = blocks, cache, crosses, patch
+        weight = first.query_key_value
+        self.device = weight.device
+        self.sizes = Sizes(
+            dim=weight.shape[1],
+            hidden=first.feed_forward_output.shape[1],
+            heads=first.num_heads,
+            width=first.head_dim,
+            splits=4 if cache.capacity <= _LONG else 8,
+            vectors=0 if patch is None else patch[0].shape[3],
+            maps=4 * len(blocks) + 2 * len(crosses),
+            layers=len(blocks),
+            is_bfloat16=weight.dtype == torch.bfloat16,
+        )
+        self.eps = first.attention_norm.eps
+        words = self.sizes.layers * self.sizes.layer_words
+        self.exchange = torch.zeros(words, dtype=torch.int32, device=self.device)
+        self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self.layers = self._layers()
+        self._maps: dict[int, Tensor] = {}
+
+    def is_current(self) -> bool:
+        """Whether the cache still lies where it lay."""
+        layer = self.cache.keys.data_ptr(), self.cache.capacity
+        return layer == (self._cache_address, self._cache_capacity)
+
+    def maps(self, programs: int) -> Tensor:
+        """The table of maps, as bytes, for so many programs."""
+        if programs not in self._maps:
+            self._maps[programs] = self._make_maps(programs)
+        return self._maps[programs]
+
+    def _make_maps(self, programs: int) -> Tensor:
+        table = np.zeros(self.sizes.maps, dtype=_MAP)
+        index = before = 0
+
+        def add(weight: Tensor, *, gated: bool = False) -> None:
+            nonlocal index, before
+            units = len(weight) // 2
+            table[index] = (weight.data_ptr(), units, weight.shape[1], gated, before)
+            index, before = index + 1, (before + units) % (programs * self.sizes.warps)
+
+        for layer, block in enumerate(self.blocks):
+            cross = self.crosses.get(layer)
+            if cross is not None:
+                add(cross.query)
+                add(cross.output)
+            add(block.query_key_value)
+            add(block.output)
+            add(block.gate_value, gated=True)
+            add(block.feed_forward_output)
+        return self._bytes(table)
+
+    def _layers(self) -> Tensor:
+        self._cache_address, self._cache_capacity = self.cache.keys.data_ptr(), self.cache.capacity
+        table = np.zeros(self.sizes.layers, dtype=_LAYER)
+        for layer, block in enumerate(self.blocks):
+            row = table[layer]
+            row["attention_norm"] = block.attention_norm.weight.data_ptr()
+            row["feed_norm"] = block.feed_forward_norm.weight.data_ptr()
+            row["keys"], row["values"] = self.cache.keys[layer].data_ptr(), self.cache.values[layer].data_ptr()
+        if self.patch is not None:
+            keys, values = self.patch
+            for index, (layer, cross) in enumerate(self.crosses.items()):
+                row = table[layer]
+                row["cross_norm"], row["cross_residual"] = cross.query_norm.weight.data_ptr(), float(cross.residual)
+                row["cross_keys"], row["cross_values"] = keys[index].data_ptr(), values[index].data_ptr()
+        return self._bytes(table)
+
+    def _bytes(self, table: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(table.view(np.uint8)).to(self.device)
+
+
+class ResidentStack:
+    """A stack over a cache of one row, on CUDA."""
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockStep],
+        cache: AttentionCache,
+        *,
+        crosses: Mapping[int, CrossStep] | None = None,
+        patch: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """See `StackTables`; nothing is compiled before the first call."""
+        self._parts = blocks, cache, crosses, patch
+        self._tables: StackTables | None = None
+
+    def __call__(self, x: Tensor, positions: Tensor, programs: int) -> Tensor:
+        """Run one token.
+
+        The first call after the cache was replaced makes tables, which a graph cannot capture.
+
+        Args:
+            x: [1, dim] contiguous.
+            positions: int64 [1] its position.
+            programs: how many multiprocessors to take; 0 for all.
+
+        Returns:
+            [1, dim].
+        """
+        if self._tables is None or not self._tables.is_current():
+            blocks, cache, crosses, patch = self._parts
+            self._tables = StackTables(blocks, cache, crosses=crosses, patch=patch)
+        tables = self._tables
+        programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
+        out = torch.empty_like(x)
+        arguments = (
+            tables.maps(programs).data_ptr(),
+            tables.layers.data_ptr(),
+            tables.exchange.data_ptr(),
+            tables.state.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+            positions.data_ptr(),
+            tables.cache.rotary.table.data_ptr(),
+            tables.cache.capacity,
+            tables.eps,
+        )
+        kernel = _kernel(tables.sizes, x.device.index)
+        _launch(kernel, tables.sizes.warps, programs, arguments, torch.cuda.current_stream(x.device))
+        return out
+
+
+def _launch(kernel: tuple[Any, int], warps: int, programs: int, arguments: tuple[Any, ...], stream: torch.cuda.Stream) -> None:
+    from cuda.bindings import driver
+
+    function, shared = kernel
+    kinds = (*[ctypes.c_void_p] * 8, ctypes.c_int, ctypes.c_float)
+    _checked(
+        driver.cuLaunchCooperativeKernel(
+            function, programs, 1, 1, 32 * warps, 1, 1, shared, stream.cuda_stream, (arguments, kinds)
+        )
+    )
+
+
+@functools.cache
+def _kernel(sizes: Sizes, device: int) -> tuple[Any, int]:
+    """The kernel, loaded on a device, and its bytes of shared memory."""
+    from cuda.bindings import driver, nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in sizes.macros().items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source().encode(), b"resident.cu", 0, [], []))
+    outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(outcome[0]) != 0:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise ModelError(f"NVRTC cannot compile the kernel of resident stacks: {log.decode(errors='replace')}")
+    image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    with torch.cuda.device(device):
+        module = _checked(driver.cuModuleLoadData(image))
+        function = _checked(driver.cuModuleGetFunction(module, b"resident_stack"))
+        bytes_pointer, _ = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
+        shared = ctypes.c_int()
+        _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), bytes_pointer, 4))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared.value))
+    return function, shared.value
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a call of the driver or of NVRTC gave.
+
+    Raises:
+        ModelError: the call failed.
+    """
+    error, *values = result
+    if int(error) != 0:
+        raise ModelError(f"running a resident stack failed: {error.name}.")
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,238 @@
+// CUDA's threads as fibers of one CPU thread, so that a kernel can be run, slowly, where there is no GPU.
+//
+// Fibers run until they wait, in an order that is drawn anew for every round. Copies of the copy engine land as late as
+// they may, and what they overwrite is spoilt as soon as they begin.
+#pragma once
+#define EMULATED
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emulated {
+
+struct Index { int x; };
+
+// Where a group of fibers meets.
+struct Meeting {
+    int size, arrived = 0, turn = 0;
+};
+
+struct Block {
+    Meeting all;
+    std::vector<Meeting> warps;
+    std::vector<std::vector<float>> lanes;
+    unsigned char* memory;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    Index thread, block;
+    Block* shared;
+    bool done = false;
+};
+
+struct Copy { void* to; const void* from; uint32_t bytes; };
+struct Barrier {
+    uint32_t phase = 0, expected = 0;
+    bool arrived = false;
+    std::vector<Copy> copies;
+};
+
+inline ucontext_t scheduler;
+inline Fiber* current;
+inline Index grid;
+inline std::map<void*, Barrier> barriers;
+inline std::function<void()> body;
+
+inline void require(bool holds, const char* what) {
+    if (!holds) {
+        std::fprintf(stderr, "emulated CUDA: %s\n", what);
+        std::abort();
+    }
+}
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+inline void meet(Meeting& at) {
+    int turn = at.turn;
+    if (++at.arrived == at.size) {
+        at.arrived = 0;
+        at.turn++;
+    }
+    while (at.turn == turn) yield();
+}
+
+inline void enter() {
+    body();
+    current->done = true;
+    yield();
+}
+
+// Run a kernel to its end; false if it stands still.
+inline bool launch(int blocks, int threads, size_t memory, unsigned seed, std::function<void()> kernel) {
+    body = kernel;
+    grid.x = blocks;
+    barriers.clear();
+    std::vector<std::unique_ptr<Block>> all;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    for (int block = 0; block < blocks; block++) {
+        auto shared = std::make_unique<Block>();
+        shared->all.size = threads;
+        shared->warps.resize(threads / 32);
+        for (auto& warp : shared->warps) warp.size = 32;
+        shared->lanes.assign(threads / 32, std::vector<float>(32));
+        shared->memory = (unsigned char*)std::aligned_alloc(128, (memory + 127) / 128 * 128);
+        std::memset(shared->memory, 0xff, memory);
+        for (int thread = 0; thread < threads; thread++) {
+            auto fiber = std::make_unique<Fiber>();
+            fiber->stack.resize(64 << 10);
+            fiber->thread.x = thread;
+            fiber->block.x = block;
+            fiber->shared = shared.get();
+            getcontext(&fiber->context);
+            fiber->context.uc_stack.ss_sp = fiber->stack.data();
+            fiber->context.uc_stack.ss_size = fiber->stack.size();
+            fiber->context.uc_link = &scheduler;
+            makecontext(&fiber->context, (void (*)())enter, 0);
+            fibers.push_back(std::move(fiber));
+        }
+        all.push_back(std::move(shared));
+    }
+    std::mt19937 random(seed);
+    std::vector<Fiber*> live;
+    for (auto& fiber : fibers) live.push_back(fiber.get());
+    long rounds = 0;
+    while (!live.empty() && ++rounds < 5000000) {
+        std::rotate(live.begin(), live.begin() + random() % live.size(), live.end());
+        for (Fiber* fiber : live) {
+            current = fiber;
+            swapcontext(&scheduler, &fiber->context);
+        }
+        live.erase(std::remove_if(live.begin(), live.end(), [](Fiber* fiber) { return fiber->done; }), live.end());
+    }
+    for (auto& [at, barrier] : barriers) require(barrier.copies.empty(), "a copy was begun and not waited for");
+    for (auto& block : all) std::free(block->memory);
+    return live.empty();
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::current->thread)
+#define blockIdx (emulated::current->block)
+#define gridDim (emulated::grid)
+#define shared_memory (emulated::current->shared->memory)
+
+inline void __syncthreads() { emulated::meet(emulated::current->shared->all); }
+inline void __syncwarp() { emulated::meet(emulated::current->shared->warps[threadIdx.x / 32]); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+    uint32_t before = *at;
+    *at += value;
+    return before;
+}
+
+inline float shuffle_xor(float value, int mask) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::vector<float>& lanes = emulated::current->shared->lanes[warp];
+    lanes[lane] = value;
+    __syncwarp();
+    float other = lanes[lane ^ mask];
+    __syncwarp();
+    return other;
+}
+
+inline uint4 load_words(const uint32_t* at) {
+    emulated::yield();
+    emulated::require((uintptr_t)at % 16 == 0, "words are read from an address that is no multiple of 16");
+    uint4 v;
+    std::memcpy(&v, at, sizeof v);
+    return v;
+}
+inline void store_word(uint32_t* at, uint32_t word) { *at = word; }
+
+inline void barrier_begin(unsigned long long* barrier) { emulated::barriers[barrier] = {}; }
+inline void barriers_begun() {}
+inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) {
+    emulated::Barrier& at = emulated::barriers.at(barrier);
+    emulated::require(!at.arrived, "a stage is filled before it was read");
+    at.arrived = true;
+    at.expected = bytes;
+}
+inline void barrier_wait(unsigned long long* barrier, uint32_t parity) {
+    emulated::Barrier& at = emulated::barriers.at(barrier);
+    while (at.phase == parity) {
+        uint32_t bytes = 0;
+        for (auto& copy : at.copies) bytes += copy.bytes;
+        if (at.arrived && bytes == at.expected) {
+            for (auto& copy : at.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+            at.copies.clear();
+            at.arrived = false;
+            at.phase ^= 1;
+            return;
+        }
+        emulated::yield();
+    }
+}
+inline unsigned long long once_policy() { return 0; }
+inline unsigned long long kept_policy() { return 0; }
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, unsigned long long* barrier, unsigned long long) {
+    bool aligned = (uintptr_t)to % 16 == 0 && (uintptr_t)from % 16 == 0 && bytes % 16 == 0;
+    emulated::require(aligned && bytes > 0, "a bulk copy is not of whole sixteens of bytes");
+    std::memset(to, 0xff, bytes);
+    emulated::barriers.at(barrier).copies.push_back({to, from, bytes});
+}
+
+inline float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float half16_to_float(uint32_t bits) {
+    uint16_t narrow = (uint16_t)bits;
+    _Float16 value;
+    std::memcpy(&value, &narrow, 2);
+    return (float)value;
+}
+inline uint32_t float_to_number(float value) {
+#if BFLOAT16
+    uint32_t bits = as_bits(value);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+#else
+    _Float16 narrow = (_Float16)value;
+    uint16_t bits;
+    std::memcpy(&bits, &narrow, 2);
+    return bits;
+#endif
+}

@@ -1,0 +1,235 @@
+"""A stack in one launch against float64: the kernel itself, on CUDA or with CUDA's threads as fibers of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blt_model import TransformerConfig
+from blt_model.caches import AttentionCache
+from blt_model.generation import resident
+from blt_model.generation.resident import ResidentStack, StackTables
+from blt_model.generation.steps import BlockStep, CrossStep, Norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = Path(__file__).resolve().parent
+SMALL = TransformerConfig(dim=64, num_layers=2, num_heads=4, ffn_dim=96, window=24)
+CHUNKS = TransformerConfig(dim=32, num_layers=1, num_heads=2, ffn_dim=2056, window=24)
+WIDE = TransformerConfig(dim=1152, num_layers=1, num_heads=9, ffn_dim=64, window=None)
+
+
+class Stack:
+    """A stack of random weights, in half precision and the same in float64."""
+
+    def __init__(
+        self, config: TransformerConfig, dtype: torch.dtype, device: str, *, crossed: tuple[int, ...], vectors: int = 2
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.crossed, self.vectors = crossed, vectors
+        self.blocks = [self._block() for _ in range(config.num_layers)]
+        self.crosses = {layer: self._cross() for layer in crossed}
+        shape = (len(crossed), 1, config.num_heads, vectors, config.head_dim)
+        self.patch = (self.numbers(*shape), self.numbers(*shape))
+        self.cache = AttentionCache(config, 1, dtype=dtype, device=self.device, capacity=32)
+        self.wide_cache = AttentionCache(config, 1, dtype=torch.float64, device=torch.device("cpu"), capacity=32)
+
+    def numbers(self, *shape: int) -> Tensor:
+        numbers: Tensor = torch.randn(shape, device=self.device).to(self.dtype)
+        return numbers
+
+    def _map(self, outputs: int, inputs: int) -> Tensor:
+        weight: Tensor = torch.randn(outputs, inputs, device=self.device) / inputs**0.5
+        return weight.to(self.dtype)
+
+    def _norm(self) -> Norm:
+        return Norm((torch.rand(self.config.dim, device=self.device) + 0.5).to(self.dtype), 1e-5)
+
+    def _block(self) -> BlockStep:
+        dim, hidden, heads = self.config.dim, self.config.feed_forward_dim, self.config.num_heads
+        maps = self._map(3 * dim, dim), self._map(dim, dim), self._map(2 * hidden, dim), self._map(dim, hidden)
+        head_dim = self.config.head_dim
+        return BlockStep(self._norm(), maps[0], maps[1], self._norm(), maps[2], maps[3], heads, heads, head_dim)
+
+    def _cross(self) -> CrossStep:
+        dim = self.config.dim
+        maps = self._map(dim, dim), self._map(2 * dim, dim), self._map(dim, dim)
+        return CrossStep(self._norm(), self._norm(), *maps, self.config.head_dim, 2)
+
+    def tables(self) -> StackTables:
+        return StackTables(self.blocks, self.cache, crosses=self.crosses, patch=self.patch if self.crossed else None)
+
+    def fill(self, position: int) -> None:
+        """Random keys and values of all positions before one, in both caches."""
+        # Room for the tokens of several launches.
+        self.wide_cache.reserve(position + 8)
+        self.cache.reserve(position + 8)
+        for name in ("keys", "values"):
+            narrow, wide = getattr(self.cache, name), getattr(self.wide_cache, name)
+            # What has not been written may hold anything.
+            narrow.fill_(torch.nan)
+            held = min(position, self.cache.capacity)
+            narrow[:, :, :, :held] = self.numbers(*narrow.shape)[:, :, :, :held]
+            wide[:, :, :, :held] = narrow[:, :, :, :held].double().cpu()
+
+    def expected(self, x: Tensor, position: int) -> Tensor:
+        """The stack's output in float64, which advances its cache."""
+        step = self.wide_cache.plan(torch.tensor([position]).numpy())
+        x = x.double().cpu()
+        for layer, block in enumerate(self.blocks):
+            cross = self.crosses.get(layer)
+            if cross is not None:
+                index = self.crossed.index(layer)
+                keys, values = (part[index].double().cpu() for part in self.patch)
+                x = _wide_cross(cross)(x[:, None], keys, values).squeeze(1)
+            x = _wide_block(block)(x, self.wide_cache, layer, step)
+        return x
+
+
+def _wide_norm(norm: Norm) -> Norm:
+    return Norm(norm.weight.double().cpu(), norm.eps)
+
+
+def _wide_block(block: BlockStep) -> BlockStep:
+    return replace(
+        block,
+        attention_norm=_wide_norm(block.attention_norm),
+        query_key_value=block.query_key_value.double().cpu(),
+        output=block.output.double().cpu(),
+        feed_forward_norm=_wide_norm(block.feed_forward_norm),
+        gate_value=block.gate_value.double().cpu(),
+        feed_forward_output=block.feed_forward_output.double().cpu(),
+    )
+
+
+def _wide_cross(cross: CrossStep) -> CrossStep:
+    return replace(
+        cross,
+        query_norm=_wide_norm(cross.query_norm),
+        query=cross.query.double().cpu(),
+        output=cross.output.double().cpu(),
+    )
+
+
+class Emulator:
+    """Compiles and runs the kernel on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._libraries: dict[resident.Sizes, ctypes.CDLL] = {}
+
+    def run(self, tables: StackTables, x: Tensor, position: int, programs: int, seed: int) -> Tensor:
+        """One token through a stack, [1, dim]."""
+        out = torch.full_like(x, torch.nan)
+        at = torch.tensor([position])
+        pointers = (tables.maps(programs), tables.layers, tables.exchange, tables.state, x, out, at)
+        finished = self._library(tables.sizes).run(
+            programs,
+            seed,
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*pointers, tables.cache.rotary.table)),
+            tables.cache.capacity,
+            ctypes.c_float(tables.eps),
+        )
+        assert finished, "the programs wait for each other for ever"
+        return out
+
+    def _library(self, sizes: resident.Sizes) -> ctypes.CDLL:
+        if sizes not in self._libraries:
+            path = self._folder / f"resident{len(self._libraries)}.so"
+            with resources.as_file(resources.files("blt_model.generation")) as folder:
+                command = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{HERE}"]
+                command += [f"-D{name}={value}" for name, value in sizes.macros().items()]
+                subprocess.run([*command, "-o", path, HERE / "resident_emulated.cpp"], check=True)
+            self._libraries[sizes] = ctypes.CDLL(str(path))
+        return self._libraries[sizes]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+CASES = [
+    (SMALL, (), 0, 2),
+    (SMALL, (0, 1), 5, 3),
+    (SMALL, (1,), 23, 1),
+    (SMALL, (0,), 100, 2),
+    (CHUNKS, (), 7, 2),
+    (WIDE, (), 70, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("config", "crossed", "position", "programs"), CASES)
+def test_equals_blocks_in_float64(
+    emulator: Emulator,
+    config: TransformerConfig,
+    crossed: tuple[int, ...],
+    position: int,
+    programs: int,
+    dtype: torch.dtype,
+) -> None:
+    stack = Stack(config, dtype, "cpu", crossed=crossed)
+    stack.fill(position)
+    tables = stack.tables()
+    for turn in range(2 if config is SMALL else 1):
+        x = stack.numbers(1, config.dim)
+        wanted = stack.expected(x, position + turn)
+        found = emulator.run(tables, x, position + turn, programs, seed=turn)
+        assert relative(found, wanted) < LIMITS[dtype]
+        slot = (position + turn) % stack.cache.capacity
+        for narrow, wide in zip(
+            (stack.cache.keys, stack.cache.values), (stack.wide_cache.keys, stack.wide_cache.values), strict=True
+        ):
+            assert relative(narrow[:, :, :, slot], wide[:, :, :, slot]) < LIMITS[dtype]
+
+
+LATENT = TransformerConfig(dim=2048, num_layers=3, num_heads=16, ffn_dim=5632)
+LOCAL = TransformerConfig(dim=1024, num_layers=3, num_heads=16, ffn_dim=2816, window=512)
+ENTROPY = TransformerConfig(dim=768, num_layers=3, num_heads=12, ffn_dim=2048, window=512)
+ON_CUDA = [
+    *((config, crossed, position) for config, crossed, position, _ in CASES),
+    (LATENT, (), 0),
+    (LATENT, (), 300),
+    (LATENT, (), 2_000),
+    (LOCAL, (0, 1, 2), 100),
+    (LOCAL, (0, 2), 511),
+    (ENTROPY, (), 5_000),
+]
+
+
+@pytest.mark.skipif(not resident.available(torch.device(DEVICE)), reason="needs a GPU of compute capability 9")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("config", "crossed", "position"), ON_CUDA)
+def test_equals_blocks_in_float64_on_cuda(
+    config: TransformerConfig, crossed: tuple[int, ...], position: int, dtype: torch.dtype
+) -> None:
+    stack = Stack(config, dtype, "cuda", crossed=crossed)
+    stack.fill(position)
+    run = ResidentStack(stack.blocks, stack.cache, crosses=stack.crosses, patch=stack.patch if stack.crossed else None)
+    for turn, programs in enumerate((0, 66, 1, 131, 0)):
+        x = stack.numbers(1, config.dim)
+        wanted = stack.expected(x, position + turn)
+        at = torch.tensor([position + turn], device="cuda")
+        found = run(x, at, programs)
+        assert relative(found, wanted) < LIMITS[dtype]
+        assert torch.equal(run(x, at, programs), found)
+        slot = (position + turn) % stack.cache.capacity
+        for narrow, wide in zip(
+            (stack.cache.keys, stack.cache.values), (stack.wide_cache.keys, stack.wide_cache.values), strict=True
+        ):
+            assert relative(narrow[:, :, :, slot], wide[:, :, :, slot]) < LIMITS[dtype]
