@@ -1,14 +1,16 @@
-"""Run by torchrun: optimizers and the average of weights on sharded parameters against those on whole ones.
+"""A program of four ranks: optimizers and the average of weights on sharded parameters against those on whole ones.
 
-Prints one line, `agree MESH` for every mesh, on rank 0.
+Prints one line, `agree MESH OPTIMIZER` for each of either, on rank 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import torch
 import torch.distributed as dist
+from tests.blt_train.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -115,6 +117,7 @@ def compare(mesh: DeviceMesh, name: OptimizerName) -> None:
 
 def main() -> None:
     """Compare on all meshes."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     meshes = {
         "sharded": make_mesh(torch.device("cpu"), 4, 4),
@@ -129,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    codes = run_ranks(4, main)
+    sys.exit(f"the ranks ended with {codes}" if any(codes) else 0)

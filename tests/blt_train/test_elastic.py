@@ -29,9 +29,9 @@ def overrides_in(workplace: Path) -> list[str]:
         "batch.sequences_per_micro_batch=1",
         "optimizer.learning_rate=0.0003",
         "optimizer.ema_decay=0.9",
-        "schedule.total_steps=40",
+        "schedule.total_steps=24",
         "checkpoint.every=7",
-        "evaluation.every=20",
+        "evaluation.every=12",
     ]
 
 

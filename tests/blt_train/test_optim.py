@@ -212,9 +212,8 @@ def test_schedule_edges(kind: ScheduleKind, warmup: int, fraction: float) -> Non
 
 def test_sharded_parameters_move_as_whole_ones(repository: Path) -> None:
     """Four processes, rows that do not divide, and copies of shards: the same bits for both optimizers."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     done = subprocess.run(
-        [*words, "-m", "tests.blt_train.sharded_optimizers"],
+        [sys.executable, "-m", "tests.blt_train.sharded_optimizers"],
         cwd=repository,
         capture_output=True,
         text=True,

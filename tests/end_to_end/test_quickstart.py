@@ -17,16 +17,16 @@ import pytest
 from blt_data import Shard, ShardDirectory
 from blt_train import read_metrics
 
-STEPS = 6
+STEPS = 4
 WORDS = ["the patch", "of bytes that", "a model reads", "is long where", "text is easy", "and é", "or 日本", "come by"]
 
 
 def write_texts(directory: Path) -> Path:
-    """Forty text files of about 4 kB."""
+    """Forty text files of about 1 kB."""
     directory.mkdir()
     generator = random.Random(0)
     for number in range(40):
-        text = " ".join(generator.choices(WORDS, k=250)) + "\n"
+        text = " ".join(generator.choices(WORDS, k=90)) + "\n"
         (directory / f"{number:02d}.txt").write_text(text, encoding="utf-8")
     return directory
 
@@ -34,7 +34,7 @@ def write_texts(directory: Path) -> Path:
 def quickstart(source: Path, output: Path) -> list[str]:
     return [
         sys.executable, "-m", "blt_train", "quickstart", "--source", str(source), "--output", str(output),
-        "--limit-bytes", "120kB", "--entropy-steps", str(STEPS), "--blt-steps", str(STEPS), "--prompt", "the é",
+        "--limit-bytes", "40kB", "--entropy-steps", str(STEPS), "--blt-steps", str(STEPS), "--prompt", "the é",
     ]  # fmt: skip
 
 
