@@ -25,6 +25,29 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
 # The executor sets this before it imports Ray; some tests import Ray before the executor does.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
+#: The files that take longest, longest first. They are begun first, so that no process is left with one at the end.
+SLOWEST = (
+    "blt_train/test_nodes.py",
+    "blt_model/test_segment_kernels.py",
+    "end_to_end/test_quickstart.py",
+    "blt_train/test_slurm_job.py",
+    "blt_train/test_resume.py",
+    "blt_data/test_ray.py",
+    "blt_train/test_elastic.py",
+    "blt_model/test_tile_attention.py",
+    "blt_train/test_parallel.py",
+    "blt_train/test_watching.py",
+    "blt_train/test_distributed.py",
+    "blt_train/test_accumulation.py",
+    "blt_patcher/test_workers.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first; the order is else that of the paths."""
+    places = {REPOSITORY / "tests" / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:

@@ -33,7 +33,10 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     outcome = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env={key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | environment,
+        # Environments of one use: their bytecode would only fill the folder that it is kept in.
+        env={key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+        | {"PYTHONDONTWRITEBYTECODE": "1"}
+        | environment,
         capture_output=True,
         text=True,
         timeout=500,
