@@ -17,8 +17,9 @@ from tests.blt_model.streaming import stream
 from tests.blt_model.triton_runs import CUDA, DEVICE, compiles, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor, nn
 
-from blt_model import ByteLM, ModelError, ScoringTrunk, StreamState, pack_documents, scoring_trunk
+from blt_model import ByteLM, ModelError, ScoringTrunk, StreamState, next_byte_entropy, pack_documents, scoring_trunk
 from blt_model.layers import Block, rotary_tables, rotate
+from blt_model.scoring_trunk import fits_float16
 
 #: Lengths of an empty document, of short ones, and of some that no window of the tests holds.
 SIZES = (0, 1, 5, 40, 0, 130, 12)
@@ -45,7 +46,7 @@ def kernels() -> ModuleType:
 @runs_interpreted
 def test_in_the_interpreter() -> None:
     """The tests of kernels, in a process whose Triton interprets."""
-    run_interpreted(__file__, "-k", "kernels or normalized or in_place or scaled")
+    run_interpreted(__file__, "-k", "kernels or normalized or in_place or scaled or products")
 
 
 def model(seed: int, **transformer: Any) -> ByteLM:
@@ -95,13 +96,40 @@ def test_half_precision_is_close(dtype: torch.dtype, seed: int) -> None:
     assert 1e-5 < error < (4e-3 if dtype == torch.float16 else 3e-2)
 
 
+@pytest.mark.parametrize("finishes", [False, True])
 @pytest.mark.parametrize("length", [9, 100])
-def test_with_kernels(kernels: ModuleType, length: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_kernels(
+    kernels: ModuleType, length: int, finishes: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scoring_trunk, "takes_kernels", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(scoring_trunk, "_finishes_products", lambda *_: finishes)
     lm, rows = model(seed, window=8, dim=48, num_heads=3, num_kv_heads=1), documents(seed)
     dtype = torch.float16 if CUDA else torch.float32
     found, wanted = streamed(ScoringTrunk(lm, DEVICE, dtype=dtype), rows, length), exact(lm, rows)
     assert (found - wanted).norm() < (4e-3 if CUDA else 1e-5) * wanted.norm()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 300.0])
+def test_entropies_are_as_exact_as_float32_with_kernels(
+    kernels: ModuleType, scale: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring_trunk, "takes_kernels", lambda tensor: True)
+    lm = model(seed, dim=48, num_heads=3)
+    with torch.no_grad():
+        lm.head.weight.mul_(scale)
+    trunk = ScoringTrunk(lm, DEVICE)
+    x = torch.randn(21, 48, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed)).half()
+    wide = F.rms_norm(x.double(), (48,), eps=lm.norm.eps) * lm.norm.weight.to(DEVICE).double()
+    logarithms = (wide @ lm.head.weight.to(DEVICE).double().T).log_softmax(-1)
+    wanted = -(logarithms.exp() * logarithms).sum(-1)
+    found = trunk.entropies(x)
+    assert found.dtype == torch.float32
+    # Float32 logits are off by as much; their largest is some 10 times the scale.
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * max(1.0, scale))
+    torch.testing.assert_close(found, next_byte_entropy(trunk.wide_logits(x)), rtol=1e-5, atol=1e-5 * max(1.0, scale))
+    x[3, 5] = torch.inf
+    assert torch.equal(trunk.entropies(x).isfinite().nonzero().flatten().cpu(), torch.arange(21)[torch.arange(21) != 3])
+    assert trunk.entropies(x[:0]).shape == (0,)
 
 
 def test_an_empty_window_is_refused(seed: int) -> None:
@@ -121,6 +149,16 @@ def test_weights_beyond_float16_are_refused(seed: int) -> None:
     ):
         ScoringTrunk(lm, "cpu")
     ScoringTrunk(lm, "cpu", dtype=torch.bfloat16)
+
+
+def test_which_weights_fit_float16(seed: int) -> None:
+    lm = model(seed)
+    assert fits_float16(lm)
+    block = lm.blocks[1]
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        block.attention_norm.weight.mul_(1e5)
+    assert not fits_float16(lm)
 
 
 def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -167,6 +205,92 @@ def test_gates_and_values_are_scaled_first(kernels: ModuleType, dtype: torch.dty
     scales = torch.rand(5, device=DEVICE) * 3
     gate, value = (gate_value.double() * scales.double()[:, None]).chunk(2, dim=-1)
     close(kernels.swiglu(gate_value, scales=scales), F.silu(gate) * value, dtype)
+
+
+# The last one is larger than a tile whose sizes are those of a GPU.
+PRODUCTS = [(0, 64, 1, 16), (1, 8, 1, 16), (37, 72, 3, 32), (150, 48, 5, 64)]
+
+
+def tiles(products: ModuleType, length: int) -> dict[str, Any]:
+    """Small ones for small products, so that a program makes several; else a GPU's."""
+    small = products.Tiles(rows=64 if CUDA else 16, columns=64, inputs=16, warps=4, stages=2, group=2)
+    return {} if length > 100 else {"tiles": small}
+
+
+@pytest.fixture
+def products() -> ModuleType:
+    need_kernels()
+    from blt_model import product_kernels
+
+    return product_kernels
+
+
+HALF = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("length", "inputs", "heads", "width"), PRODUCTS)
+def test_products_are_turned(
+    products: ModuleType, dtype: torch.dtype, length: int, inputs: int, heads: int, width: int
+) -> None:
+    # Rows of a wider matrix, and results below others.
+    x = torch.randn(length, inputs + 8, device=DEVICE).to(dtype)[:, :inputs]
+    matrix = torch.randn(3 * heads * width, inputs, device=DEVICE).to(dtype)
+    scales = torch.rand(length, device=DEVICE) * 3
+    angles = rotary_tables(torch.randint(0, 5_000, (length,), device=DEVICE), width, 10_000.0)
+    whole = torch.full((length + 2, len(matrix)), 7.0, device=DEVICE).to(dtype)
+    products.turned_product(
+        x, matrix, scales, angles, whole[2:], heads=2 * heads, width=width, **tiles(products, length)
+    )
+    wanted = scales.double()[:, None] * (x.double() @ matrix.double().T)
+    if length:
+        turning = wanted[:, : 2 * heads * width].reshape(length, 2 * heads, width)
+        wanted[:, : 2 * heads * width] = rotate(turning, *(angle.double() for angle in angles)).flatten(1)
+    close(whole[2:], wanted, dtype)
+    assert bool((whole[:2] == 7).all())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("length", "inputs", "heads", "width"), PRODUCTS)
+def test_products_are_gated(
+    products: ModuleType, dtype: torch.dtype, length: int, inputs: int, heads: int, width: int
+) -> None:
+    x = torch.randn(length, inputs, device=DEVICE).to(dtype)
+    gates, values = (torch.randn(heads * width, inputs, device=DEVICE).to(dtype) for _ in range(2))
+    scales = torch.rand(length, device=DEVICE)
+    by_turns = torch.stack([gates, values], 1).flatten(0, 1)
+    found = products.gated_product(x, by_turns, scales, **tiles(products, length))
+    gate, value = (scales.double()[:, None] * (x.double() @ matrix.double().T) for matrix in (gates, values))
+    assert found.dtype == dtype
+    close(found, F.silu(gate) * value, dtype)
+
+
+@compiles
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_compile_for_hopper(gated: bool) -> None:
+    """Without a GPU; tiles fit the shared memory, and sums are made by a warp group's largest instruction."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from blt_model import product_kernels
+
+    cut = product_kernels.GATING if gated else product_kernels.TURNING
+    kernel = product_kernels._product
+    values = {"N": 4096 if gated else 2304, "K": 768, "TURNED": 0 if gated else 1536, "WIDTH": 0 if gated else 64}
+    values |= {"GATED": gated, "ROWS": cut.rows, "COLUMNS": cut.columns, "INPUTS": cut.inputs, "GROUP": cut.group}
+    blocks = {"x": cut.inputs, "matrix": cut.inputs, "out": cut.columns // (2 if gated else 4)}
+    types = {name: "constexpr" if name in values else "*fp32" for name in kernel.arg_names} | {"count": "i32"}
+    for name, across in blocks.items():
+        types[name] = f"tensordesc<fp16[{cut.columns if name == 'matrix' else cut.rows},{across}]>"
+    fixed = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=fixed)
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert made.metadata.shared <= 227 * 1024
+    assert set(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k16)", made.asm["ptx"])) == {"m64n256k16"}
+    # Nothing but factors and angles goes through registers on its way in or out.
+    assert "st.global" not in made.asm["ptx"]
 
 
 @compiles

@@ -149,9 +149,24 @@ def test_float16_is_closer_than_bfloat16(model: ByteLM, lines: bool) -> None:
     assert next(model.parameters()).dtype == torch.float32
     with pytest.raises(InputError, match="in float16 nothing is left to compile; leave --compile out"):
         EntropyScorer(model, precision="float16", compile=True)
-    settings: dict[str, Any] = {"window_tokens": None, "precision": "float16", "compile": None}
-    assert not scoring_settings(model, "cuda", **settings)["compiled"]
-    assert scoring_settings(model, "cuda", **{**settings, "precision": None})["compiled"]
+
+
+def test_a_gpu_scores_in_float16_where_it_can(model: ByteLM) -> None:
+    def chosen(of: ByteLM, device: str = "cuda", **options: Any) -> tuple[str, bool]:
+        asked: dict[str, Any] = {"window_tokens": None, "precision": None, "compile": None, **options}
+        settings = scoring_settings(of, device, **asked)
+        return settings["precision"], settings["compiled"]
+
+    assert chosen(model) == chosen(model, precision="float16") == chosen(model, compile=False) == ("float16", False)
+    assert chosen(model, compile=True) == chosen(model, precision="bfloat16") == ("bfloat16", True)
+    assert chosen(model, precision="float32") == ("float32", True)
+    assert chosen(model, "cpu") == ("float32", False)
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in large.named_parameters():
+            if name.endswith("attention_norm.weight"):
+                weight.mul_(1e6)
+    assert chosen(large) == ("bfloat16", True)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
@@ -169,7 +184,9 @@ def test_what_float16_does_not_hold_is_scored_in_bfloat16(
     for index, document in enumerate(documents):
         alone = (wider if b"x" in document else half).score(*join([document]))
         assert np.isfinite(alone).all()
-        np.testing.assert_array_equal(found[places[index] : places[index + 1]], alone)
+        # Windows as small as these cut a document anywhere, and a GPU's tiles with it, which costs some last bits.
+        excess = 0.05 if device == "cuda" else 0
+        np.testing.assert_allclose(found[places[index] : places[index + 1]], alone, rtol=0, atol=excess)
     assert caplog.messages == ["shard: 2 of 5 documents are beyond float16; scored in bfloat16"]
     with torch.no_grad():
         large.embedding.weight[ord("x") + 4] = float("nan")

@@ -101,7 +101,7 @@ def patches(run: Settings, folder: Path, model_path: Path) -> tuple[Row, Entropy
     """Calibrate, score and patch both shard directories."""
     started = time.perf_counter()
     model = load_entropy_model(model_path)
-    scorer = EntropyScorer(model, device=run.device, compile=run.device.type == "cuda")
+    scorer = EntropyScorer(model, device=run.device, compile=None)
     train_bytes = ShardDirectory.open(folder / "bytes-train")
     sample = take_sample(train_bytes, 20_000 if run.tiny else 2_000_000)
     nats = scorer.score(sample.content, sample.content_offsets)

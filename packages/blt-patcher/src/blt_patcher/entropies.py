@@ -4,9 +4,9 @@ Documents stream through the model in windows of a fixed number of tokens (`wind
 values carried from window to window, so the result is that of each document scored whole and alone, to the rounding of
 the arithmetic. Memory does not grow with a document's length but for its own entropies.
 
-In bfloat16 (on a GPU, unless told otherwise) the trunk runs under autocast with its weights cast once; in float16
-blt-model's `ScoringTrunk` runs, and documents beyond float16's range are scored in bfloat16. The last norm, the head
-and the softmax stay in float32, since rounding there would go straight into the entropies. Windows are then padded to
+In float16 (on a GPU, unless told otherwise) blt-model's `ScoringTrunk` runs, and documents beyond float16's range are
+scored in bfloat16, in which the trunk runs under autocast with its weights cast once. The last norm, the head and the
+softmax keep float32's precision, since rounding there would go straight into the entropies. Windows are then padded to
 one size and contexts cut where kernels' tiles end, so that a document's entropies do not depend on its neighbours.
 Copies to and from a GPU are pinned and asynchronous, and results are read two windows late, so that the GPU never waits
 for Python.
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from blt_data.errors import InputError
 from blt_model import ByteLM, ScoringTrunk, StreamState, next_byte_entropy, to_json
+from blt_model.scoring_trunk import fits_float16
 from blt_model.weights import load_model, model_fingerprint
 from blt_patcher.windows import Window, cut_windows, framed_offsets, window_capacity
 
@@ -122,7 +123,8 @@ class EntropyScorer:
             model: the entropy model; it is put in evaluation mode, and left where it is if the scorer needs a copy.
             device: `cpu`, or one GPU.
             window_tokens: tokens that the model sees at once; None takes what suits the device.
-            precision: one of `PRECISIONS`, of the trunk; None takes bfloat16 on a GPU and the weights' own on a CPU.
+            precision: one of `PRECISIONS`, of the trunk; None takes float16 on a GPU, or bfloat16 if the weights are
+                too large for it or the model is to be compiled, and the weights' own on a CPU.
             compile: compile the model with torch.compile; worth it on a GPU and for much data. None does so on a GPU,
                 but not in float16, where nothing is left to compile.
             reset_at_newlines: start the model's context afresh at every newline token, which is the new context's
@@ -315,6 +317,8 @@ class EntropyScorer:
     ) -> tuple[Tensor, StreamState]:
         """Do what `step` says; this is what gets compiled."""
         trunk, state = self._runner.stream_trunk(tokens, offsets, state, max_length=max_length)
+        if isinstance(self._runner, ScoringTrunk):
+            return self._runner.entropies(trunk).to(torch.float16), state
         return next_byte_entropy(self._runner.wide_logits(trunk)).to(torch.float16), state
 
     def _run(self, window: Window, state: StreamState) -> tuple[Tensor, StreamState]:
@@ -393,7 +397,8 @@ def scoring_settings(
     window_capacity(window_tokens)
     if precision is None:
         own = str(next(model.parameters()).dtype).removeprefix("torch.")
-        precision = "bfloat16" if device == "cuda" else own
+        half = "bfloat16" if compile or not fits_float16(model) else "float16"
+        precision = half if device == "cuda" else own
     elif precision not in PRECISIONS:
         raise InputError(
             f"precision {precision!r} is not known; choose {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"

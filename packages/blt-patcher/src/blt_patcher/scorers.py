@@ -64,7 +64,7 @@ class ScorerSpec:
     window_tokens: int | None = None
     """Tokens that the model sees at once; None takes what suits the device."""
     precision: str | None = None
-    """`float32`, `bfloat16` or `float16`; None takes what suits the device."""
+    """`float32`, `bfloat16` or `float16`; None takes what suits device and model."""
     compile: bool | None = None
     """Whether to compile the model; None does so on a GPU, but not in float16."""
     reset_at_newlines: bool = False

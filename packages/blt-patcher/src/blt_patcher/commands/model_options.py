@@ -59,14 +59,14 @@ _options = combine_options(
     click.option(
         "--precision",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Arithmetic of the entropy model  [bfloat16 on a GPU].",
+        help="Arithmetic of the entropy model  [float16 on a GPU, bfloat16 with --compile].",
     ),
     click.option(
         "--compile/--no-compile",
         "compile_model",
         default=None,
-        help="Compile the entropy model: half a minute at the start, twice the speed on a GPU  [on a GPU, but "
-        "not in float16].",
+        help="Compile the entropy model: half a minute at the start, twice the speed in bfloat16; float16 needs none  "
+        "[with --precision bfloat16 or float32 on a GPU].",
     ),
     click.option(
         "--reset-at-newlines",
