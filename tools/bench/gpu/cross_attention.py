@@ -85,7 +85,7 @@ class Problem:
 
     def results(self, function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
         """Result and gradients."""
-        leaves = [leaf.to(dtype).requires_grad_() for leaf in self.leaves]
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
         result = function(*leaves)
         return [result.detach(), *torch.autograd.grad(result, leaves, self.upstream.to(result.dtype))]
 
@@ -184,7 +184,8 @@ def compare(problem: Problem, run: Settings) -> list[Row]:
         row: Row = {"what": problem.name, "way": way, "error": off, "ok": off < LIMITS[problem.upstream.dtype]}
         in_graph = way == "kernels" and run.device.type == "cuda"
         row["timed"] = "in a graph" if in_graph else "call by call"
-        leaves = [leaf.clone().requires_grad_() for leaf in problem.leaves]
+        # New to autograd, which would otherwise draw the stream that they were made on into the graph's capture.
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in problem.leaves]
 
         def forward(of: Callable[..., Tensor] = function) -> Tensor:
             with torch.no_grad():

@@ -4,8 +4,9 @@
     python -m tools.bench.gpu.training_step --cases blt-1b/8192 --budget 120
 
 Forward, loss and backward of micro batches of real document lengths (cut at the sequence length), weights in float32,
-products in bfloat16, as the trainer runs them: every block compiled by itself. The optimizer's update is timed apart,
-as a global batch has many micro batches. Operations are exact and those of the model alone: no entropy model, no
+products in bfloat16, as the trainer runs them: every block compiled by itself. Four micro batches are timed in a row,
+for the trainer waits for the GPU once a global batch, which has many; `alone_ms` is one, waited for before and after.
+The optimizer's update is timed apart. Operations are exact and those of the model alone: no entropy model, no
 recomputation. `mfu` is the share of the datasheet's dense bfloat16 rate, `of_matmul` that of a large matrix product on
 the same device. The last line is JSON.
 """
@@ -41,13 +42,15 @@ from blt_train.config import ActivationCheckpointing, OptimizerConfig
 from blt_train.errors import ConfigError
 from blt_train.model_flops import training_flops
 from blt_train.optim import make_optimizer
+from blt_train.parallel import float8
 from blt_train.parallel.accumulation import accumulate_in_place, begin_accumulation
 from blt_train.parallel.compilation import compile_blocks
-from blt_train.parallel.float8 import use_float8
 from blt_train.parallel.gradients import clip_whole
 from blt_train.parallel.recomputation import recompute_blocks
 
 PATCH_LENGTH = 4.5
+MICRO_BATCHES = 4
+"""In a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,10 +87,11 @@ CASES = (
     Case(preset="blt-400m", sequence=16384, tokens=65536),
     Case(preset="blt-400m", sequence=8192, tokens=32768, compiled="nothing"),
     Case(preset="blt-400m", sequence=8192, tokens=32768, backend="sdpa", compiled="nothing"),
+    Case(preset="blt-400m", sequence=8192, tokens=32768, backend="flex", compiled="nothing"),
     Case(preset="blt-1b", sequence=8192, tokens=32768, float8=True),
     Case(preset="blt-1b", sequence=8192, tokens=32768, compiled="model"),
 )
-"""Without backend "flex": inside a compiled model its kernel took over a minute to compile."""
+"""Backend "flex" where nothing else is compiled: inside a compiled model its kernel took over a minute to compile."""
 TINY = (
     Case(preset="blt-debug", sequence=64, tokens=256, compiled="nothing"),
     Case(preset="blt-debug", sequence=128, tokens=256, compiled="nothing", backend="sdpa", checkpointing="full"),
@@ -106,14 +110,19 @@ class Work:
 
 
 def make_work(case: Case, config: BLTConfig, device: torch.device) -> Work:
-    """A micro batch of real document lengths and random patches; shapes as the trainer's, full but for rounding."""
+    """A micro batch of real document lengths and random patches, full, as the trainer's are.
+
+    Some patches are merged, so that their number is one that float8 takes.
+    """
     rng = np.random.default_rng(0)
     texts = [text.astype(np.int64) for text in pieces(case.tokens, case.sequence)]
     lengths = [patch_lengths(len(text), PATCH_LENGTH, rng) for text in texts]
     batch, targets = pack_documents(texts, lengths)
-    if batch.patch_offsets is None:
-        raise RuntimeError("the batch has no patches")
-    num_patches = len(batch.patch_offsets) - 1
+    if spare := num_patches(batch) % float8.MULTIPLE:
+        longest_row = max(range(len(lengths)), key=lambda index: len(lengths[index]))
+        first, merged, rest = np.split(lengths[longest_row], [1, 1 + 2 * spare])
+        lengths[longest_row] = np.concatenate([first, merged.reshape(-1, 2).sum(1), rest])
+        batch, targets = pack_documents(texts, lengths)
     inputs = np.array([len(text) - 1 for text in texts])
     patches = np.array([len(row) for row in lengths])
     # The trainer bounds both by the sequence, so that shapes and kernels do not depend on the batch.
@@ -124,8 +133,15 @@ def make_work(case: Case, config: BLTConfig, device: torch.device) -> Work:
         targets.to(device),
         training_flops(config, inputs, patches),
         int((targets >= 4).sum()),
-        num_patches,
+        num_patches(batch),
     )
+
+
+def num_patches(batch: PackedBatch) -> int:
+    """Patches of a batch."""
+    if batch.patch_offsets is None:
+        raise RuntimeError("the batch has no patches")
+    return len(batch.patch_offsets) - 1
 
 
 def make_model(case: Case, device: torch.device) -> tuple[BLT, BLTConfig]:
@@ -141,7 +157,7 @@ def make_model(case: Case, device: torch.device) -> tuple[BLT, BLTConfig]:
         model = BLT(config, attention_backend=case.backend)
     # In the order of blt_train.parallel.building.
     if case.float8:
-        use_float8(model)
+        float8.use_float8(model)
     recompute_blocks(model, ActivationCheckpointing(case.checkpointing))
     if case.compiled == "blocks":
         compile_blocks(model)
@@ -175,7 +191,13 @@ def measure(case: Case, run: Settings, ceiling: float, peak: float | None) -> Ro
     wait(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = median_seconds(step, device, repeats=2 if run.tiny else 5, warmup=2)
+    alone = median_seconds(step, device, repeats=2 if run.tiny else 5, warmup=2)
+
+    def steps() -> None:
+        for _ in range(MICRO_BATCHES):
+            step()
+
+    seconds = median_seconds(steps, device, repeats=1 if run.tiny else 3) / MICRO_BATCHES
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     kinds = time_by_kind(step, device, top=24)
     optimizer_seconds = None
@@ -190,6 +212,7 @@ def measure(case: Case, run: Settings, ceiling: float, peak: float | None) -> Ro
         "bytes/s": work.bytes / seconds,
         "patches/s": work.patches / seconds,
         "ms": 1e3 * seconds,
+        "alone_ms": 1e3 * alone,
         "TFLOP/s": rate / 1e12,
         "mfu": None if peak is None else rate / peak,
         "of_matmul": rate / ceiling,
@@ -220,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append({"case": case.name, "bytes/s": None, "note": "out of memory"})
         except ConfigError as error:
             rows.append({"case": case.name, "bytes/s": None, "note": str(error)})
+        # At once: a run that is cut short has shown what it found.
+        print(rows[-1], flush=True)
         torch._dynamo.reset()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
