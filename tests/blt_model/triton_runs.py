@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,49 @@ runs_interpreted = pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run
 """Marks the test that runs the others of its file in the interpreter."""
 compiles = pytest.mark.skipif(INTERPRETED, reason="Triton interprets")
 """Marks tests that compile kernels without running them, which needs no GPU."""
+
+
+def patch_language_once() -> None:
+    """Have the interpreter patch `triton.language` once a launch, and not for every function that a kernel calls.
+
+    That takes half of its time otherwise, and changes nothing that the launch has not changed already.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
+        return
+    languages = (interpreter.tl, interpreter.tl.core)
+    original, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
+    launch: Any = nothing
+    patched: set[int] = set()
+    known: dict[int, set[int]] = {}
+
+    def seen_by(module: dict[str, Any]) -> set[int]:
+        """Which of the languages a module's functions see; modules stay, so it is looked up once."""
+        if id(module) not in known:
+            known[id(module)] = {id(one) for one in languages if any(value is one for value in module.values())}
+        return known[id(module)]
+
+    def patch(function: Any) -> Any:
+        nonlocal launch
+        seen = seen_by(function.__globals__)
+        # A launch undoes what it has patched at its end, and no sooner.
+        if not launch._changes:
+            launch = original(function)
+            patched.clear()
+            patched.update(seen)
+            return launch
+        if seen <= patched:
+            return nothing
+        patched.update(seen)
+        return original(function)
+
+    interpreter._patch_lang = patch
+
+
+if INTERPRETED:
+    patch_language_once()
 
 
 def need_kernels() -> None:
