@@ -68,6 +68,7 @@ inline Fiber* current;
 inline Index grid;
 inline std::map<void*, Barrier> barriers;
 inline std::function<void()> body;
+inline std::mt19937 random_numbers;
 
 inline void require(bool holds, const char* what) {
     if (!holds) {
@@ -78,7 +79,7 @@ inline void require(bool holds, const char* what) {
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
-inline void meet(Meeting& at) {
+inline void wait_at(Meeting& at) {
     int turn = at.turn;
     if (++at.arrived == at.size) {
         at.arrived = 0;
@@ -123,12 +124,12 @@ inline bool launch(int blocks, int threads, size_t memory, unsigned seed, std::f
         }
         all.push_back(std::move(shared));
     }
-    std::mt19937 random(seed);
+    random_numbers.seed(seed);
     std::vector<Fiber*> live;
     for (auto& fiber : fibers) live.push_back(fiber.get());
     long rounds = 0;
     while (!live.empty() && ++rounds < 5000000) {
-        std::rotate(live.begin(), live.begin() + random() % live.size(), live.end());
+        std::rotate(live.begin(), live.begin() + random_numbers() % live.size(), live.end());
         for (Fiber* fiber : live) {
             current = fiber;
             swapcontext(&scheduler, &fiber->context);
@@ -147,8 +148,8 @@ inline bool launch(int blocks, int threads, size_t memory, unsigned seed, std::f
 #define gridDim (emulated::grid)
 #define shared_memory (emulated::current->shared->memory)
 
-inline void __syncthreads() { emulated::meet(emulated::current->shared->all); }
-inline void __syncwarp() { emulated::meet(emulated::current->shared->warps[threadIdx.x / 32]); }
+inline void __syncthreads() { emulated::wait_at(emulated::current->shared->all); }
+inline void __syncwarp() { emulated::wait_at(emulated::current->shared->warps[threadIdx.x / 32]); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -190,14 +191,14 @@ inline void barrier_wait(unsigned long long* barrier, uint32_t parity) {
     while (at.phase == parity) {
         uint32_t bytes = 0;
         for (auto& copy : at.copies) bytes += copy.bytes;
-        if (at.arrived && bytes == at.expected) {
-            for (auto& copy : at.copies) std::memcpy(copy.to, copy.from, copy.bytes);
-            at.copies.clear();
-            at.arrived = false;
-            at.phase ^= 1;
-            return;
+        if (!at.arrived || bytes != at.expected) {
+            emulated::yield();
+            continue;
         }
-        emulated::yield();
+        for (auto& copy : at.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+        at.copies.clear();
+        at.arrived = false;
+        at.phase ^= 1;
     }
 }
 inline unsigned long long once_policy() { return 0; }

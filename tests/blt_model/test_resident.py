@@ -16,7 +16,7 @@ from torch import Tensor
 from blt_model import TransformerConfig
 from blt_model.caches import AttentionCache
 from blt_model.generation import resident
-from blt_model.generation.resident import ResidentStack, StackTables
+from blt_model.generation.resident import Parts, ResidentStack, StackTables, Tap
 from blt_model.generation.steps import BlockStep, CrossStep, Norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,8 +63,21 @@ class Stack:
         maps = self._map(dim, dim), self._map(2 * dim, dim), self._map(dim, dim)
         return CrossStep(self._norm(), self._norm(), *maps, self.config.head_dim, 2)
 
-    def tables(self) -> StackTables:
-        return StackTables(self.blocks, self.cache, crosses=self.crosses, patch=self.patch if self.crossed else None)
+    def parts(self) -> Parts:
+        patch = self.patch if self.crossed else None
+        return Parts(blocks=self.blocks, caches=[self.cache], crosses=self.crosses, patch=patch, tap=self.tap)
+
+    def taps(self) -> Tap | None:
+        """Fresh room for the tapped output."""
+        if self.tap < 0:
+            return None
+        rows = torch.zeros(3, self.config.dim, dtype=self.dtype, device=self.device)
+        return Tap(torch.zeros_like(rows[:1]), rows, torch.tensor([1], device=self.device))
+
+    @property
+    def tap(self) -> int:
+        """The layer that is tapped: the first of several."""
+        return 0 if self.config.num_layers > 1 else -1
 
     def fill(self, position: int) -> None:
         """Random keys and values of all positions before one, in both caches."""
@@ -79,10 +92,10 @@ class Stack:
             narrow[:, :, :, :held] = self.numbers(*narrow.shape)[:, :, :, :held]
             wide[:, :, :, :held] = narrow[:, :, :, :held].double().cpu()
 
-    def expected(self, x: Tensor, position: int) -> Tensor:
-        """The stack's output in float64, which advances its cache."""
+    def expected(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """The outputs of the tapped layer and the last in float64, which advance its cache."""
         step = self.wide_cache.plan(torch.tensor([position]).numpy())
-        x = x.double().cpu()
+        x = tapped = x.double().cpu()
         for layer, block in enumerate(self.blocks):
             cross = self.crosses.get(layer)
             if cross is not None:
@@ -90,7 +103,8 @@ class Stack:
                 keys, values = (part[index].double().cpu() for part in self.patch)
                 x = _wide_cross(cross)(x[:, None], keys, values).squeeze(1)
             x = _wide_block(block)(x, self.wide_cache, layer, step)
-        return x
+            tapped = x if layer == self.tap else tapped
+        return tapped, x
 
 
 def _wide_norm(norm: Norm) -> Norm:
@@ -125,18 +139,13 @@ class Emulator:
         self._folder = folder
         self._libraries: dict[resident.Sizes, ctypes.CDLL] = {}
 
-    def run(self, tables: StackTables, x: Tensor, position: int, programs: int, seed: int) -> Tensor:
+    def run(self, tables: StackTables, x: Tensor, position: int, programs: int, seed: int, tap: Tap | None) -> Tensor:
         """One token through a stack, [1, dim]."""
         out = torch.full_like(x, torch.nan)
         at = torch.tensor([position])
-        pointers = (tables.maps(programs), tables.layers, tables.exchange, tables.state, x, out, at)
-        finished = self._library(tables.sizes).run(
-            programs,
-            seed,
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*pointers, tables.cache.rotary.table)),
-            tables.cache.capacity,
-            ctypes.c_float(tables.eps),
-        )
+        run = self._library(tables.sizes).run
+        run.argtypes = (ctypes.c_int, ctypes.c_uint, *resident.ARGUMENTS)
+        finished = run(programs, seed, *tables.arguments(x, out, at, programs, tap))
         assert finished, "the programs wait for each other for ever"
         return out
 
@@ -162,6 +171,14 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double().cpu() - wanted).norm() / wanted.norm())
 
 
+def check_tap(tap: Tap | None, wanted: Tensor, dtype: torch.dtype) -> None:
+    """One row and no other has the tapped output."""
+    if tap is not None:
+        assert relative(tap.out, wanted) < LIMITS[dtype]
+        assert torch.equal(tap.rows[1:2], tap.out)
+        assert not tap.rows[::2].any()
+
+
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 CASES = [
     (SMALL, (), 0, 2),
@@ -185,12 +202,14 @@ def test_equals_blocks_in_float64(
 ) -> None:
     stack = Stack(config, dtype, "cpu", crossed=crossed)
     stack.fill(position)
-    tables = stack.tables()
+    tables = StackTables(stack.parts())
     for turn in range(2 if config is SMALL else 1):
         x = stack.numbers(1, config.dim)
-        wanted = stack.expected(x, position + turn)
-        found = emulator.run(tables, x, position + turn, programs, seed=turn)
+        tapped, wanted = stack.expected(x, position + turn)
+        tap = stack.taps()
+        found = emulator.run(tables, x, position + turn, programs, turn, tap)
         assert relative(found, wanted) < LIMITS[dtype]
+        check_tap(tap, tapped, dtype)
         slot = (position + turn) % stack.cache.capacity
         for narrow, wide in zip(
             (stack.cache.keys, stack.cache.values), (stack.wide_cache.keys, stack.wide_cache.values), strict=True
@@ -220,14 +239,16 @@ def test_equals_blocks_in_float64_on_cuda(
 ) -> None:
     stack = Stack(config, dtype, "cuda", crossed=crossed)
     stack.fill(position)
-    run = ResidentStack(stack.blocks, stack.cache, crosses=stack.crosses, patch=stack.patch if stack.crossed else None)
+    run = ResidentStack(stack.parts())
     for turn, programs in enumerate((0, 66, 1, 131, 0)):
         x = stack.numbers(1, config.dim)
-        wanted = stack.expected(x, position + turn)
+        tapped, wanted = stack.expected(x, position + turn)
+        tap = stack.taps()
         at = torch.tensor([position + turn], device="cuda")
-        found = run(x, at, programs)
+        found = run(x, at, programs, tap)
         assert relative(found, wanted) < LIMITS[dtype]
-        assert torch.equal(run(x, at, programs), found)
+        check_tap(tap, tapped, dtype)
+        assert torch.equal(run(x, at, programs, tap), found)
         slot = (position + turn) % stack.cache.capacity
         for narrow, wide in zip(
             (stack.cache.keys, stack.cache.values), (stack.wide_cache.keys, stack.wide_cache.values), strict=True

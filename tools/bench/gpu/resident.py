@@ -27,7 +27,7 @@ from blt_model.caches import AttentionCache
 from blt_model.generation import fused, resident
 from blt_model.generation.graphs import beside
 from blt_model.generation.patch_steps import cross_steps
-from blt_model.generation.resident import Programs, ResidentStack
+from blt_model.generation.resident import Parts, Programs, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps
 
 LIMIT = 2e-2
@@ -59,7 +59,7 @@ class Problem:
             numbers = torch.randn(2, *shape, device=cache.keys.device).to(cache.keys.dtype)
             patch = numbers[0], numbers[1]
         x = torch.randn(1, config.dim, device=cache.keys.device).to(cache.keys.dtype)
-        stack = ResidentStack(blocks, cache, crosses=crosses, patch=patch)
+        stack = ResidentStack(Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=patch))
         return cls(blocks=blocks, cache=cache, crosses=crosses, patch=patch, x=x, stack=stack)
 
     @property

@@ -14,6 +14,7 @@ from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
 from blt_model.generation import fused
 from blt_model.generation.prefill import PackedTexts
+from blt_model.generation.resident import Parts
 from blt_model.generation.steps import BlockStep, block_steps
 
 Ints = npt.NDArray[np.int64]
@@ -40,7 +41,7 @@ class ByteLMSteps:
         self._is_fused = is_fused
         blocks = block_steps(model.blocks)
         self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
-        self._stack = fused.resident_stack(blocks, self.cache) if is_fused else None
+        self._stack = fused.resident_stack(Parts(blocks=blocks, caches=[self.cache])) if is_fused else None
 
     def filler(self, first_row: int, texts: PackedTexts) -> CacheFiller:
         """What takes the keys and values of texts (the first in first_row) as they are run; sets their positions."""

@@ -9,7 +9,7 @@ Legend: n rows, K vectors of a patch, L decoder layers with cross-attention.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -22,7 +22,7 @@ from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache
 from blt_model.config import TransformerConfig
 from blt_model.generation import resident
-from blt_model.generation.resident import ResidentStack
+from blt_model.generation.resident import Parts, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.triton_support import HAS_TRITON
 
@@ -152,16 +152,11 @@ def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:
     return [FusedBlock(block) for block in blocks]
 
 
-def resident_stack(
-    blocks: Sequence[BlockStep],
-    cache: AttentionCache,
-    *,
-    crosses: Mapping[int, CrossStep] | None = None,
-    patch: tuple[Tensor, Tensor] | None = None,
-) -> ResidentStack | None:
-    """The form of a stack in one launch; None where the cache has several rows or the device cannot."""
-    fits = cache.rows == 1 and resident.available(cache.keys.device) and resident.fits(cache.config)
-    return ResidentStack(blocks, cache, crosses=crosses, patch=patch) if fits else None
+def resident_stack(parts: Parts) -> ResidentStack | None:
+    """The form of a stack in one launch; None where the caches have several rows or the device cannot."""
+    first = parts.caches[0]
+    fits = first.rows == 1 and resident.available(first.keys.device)
+    return ResidentStack(parts) if fits and all(resident.fits(cache.config) for cache in parts.caches) else None
 
 
 class PatchKeys:

@@ -16,7 +16,7 @@ from blt_model.caches import AttentionCache, AttentionStep, CacheFiller
 from blt_model.cross_attention import CrossAttention
 from blt_model.generation import fused
 from blt_model.generation.prefill import Filler, PackedTexts, TextPatches, offsets_of
-from blt_model.generation.resident import ResidentStack
+from blt_model.generation.resident import Parts
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps, pool_patches
 
 
@@ -44,7 +44,7 @@ class PatchSteps:
         self._blocks: Sequence[BlockStep | fused.FusedBlock] = fused.block_steps(blocks) if is_fused else blocks
         self._patch_keys = fused.PatchKeys(self._decoder_cross) if is_fused else None
         self.latent = AttentionCache(config.latent, rows, dtype=weight.dtype, device=weight.device)
-        self._stack = fused.resident_stack(blocks, self.latent) if is_fused else None
+        self._stack = fused.resident_stack(Parts(blocks=blocks, caches=[self.latent])) if is_fused else None
         self.open_bytes = weight.new_zeros((len(self._encoder_cross), rows, open_capacity, config.encoder.dim))
         """[encoder layers with cross-attention, B, capacity, dim] byte states of open patches."""
         heads = config.cross_attention.num_heads
@@ -135,10 +135,8 @@ class PatchSteps:
             return fused.read_patches(cross, x, self.keys[index], self.values[index])
         return cross(x[:, None], self.keys[index, :count], self.values[index, :count]).squeeze(1)
 
-    def decoder_stack(
-        self, blocks: Sequence[BlockStep], cache: AttentionCache, layers: dict[int, int]
-    ) -> ResidentStack | None:
-        """The decoder in one launch, where that can be.
+    def decoder_parts(self, blocks: Sequence[BlockStep], cache: AttentionCache, layers: dict[int, int]) -> Parts:
+        """The decoder as a stack.
 
         Args:
             blocks: its blocks.
@@ -146,7 +144,7 @@ class PatchSteps:
             layers: those with cross-attention, each with its place among them.
         """
         crosses = {layer: self._decoder_cross[index] for layer, index in layers.items()}
-        return fused.resident_stack(blocks, cache, crosses=crosses, patch=(self.keys, self.values))
+        return Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=(self.keys, self.values))
 
     def copy_row(self, source: int, target: int, *, patches: int, open_length: int) -> None:
         """Copy a row over another.

@@ -4,13 +4,18 @@
 // for the row that the one before it makes. Here the programs stay for the whole stack, one to a multiprocessor, and
 // every warp has a ring of weights in shared memory that the copy engine keeps filling, in the order in which the warp
 // will need them, through all maps of all layers. What programs hand to each other goes through level 2 cache, word by
-// word: the two lowest bits of every float32 say which launch wrote it, so a reader knows by the word itself that it
-// is there, and nothing else is waited for. Each word has a place of its own in the exchange and is written once in a
-// launch.
+// word: the two lowest bits of every float32 say which use of its place it belongs to, so a reader knows by the word
+// itself that it is there, and nothing else is waited for. Layers take turns at two sets of places, so that these stay
+// in the cache. That is safe if every program has a unit of every gated map: a program that writes in a layer has read
+// all of the layer before, of which no program wrote its part before it had read all of the layer before that.
+//
+// While a row is waited for, what memory gives stands in long queues. So whatever else a layer needs, its norms' scales
+// and its keys and values, is ordered long before.
 //
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
-//   one), MAPS and LAYERS of the stack, WARPS of a program, STAGES of a warp's ring, BFLOAT16 (0 for float16).
+//   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
+//   STAGES of a warp's ring, BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -21,6 +26,7 @@ typedef long long i64;
 #define CHUNK 1024           // inputs of a row in a stage of the ring
 #define STAGE (2 * CHUNK)    // numbers of a stage: two rows
 #define KV_STAGES 2
+#define NORMS 2              // whose scales are under way at once
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define ROUNDED (((MOST + 7) / 8) * 8)
@@ -169,6 +175,7 @@ struct Shared {
     u16 ring[WARPS * STAGES * STAGE];
     u16 keys[KV_STAGES * KEYS * WIDTH];
     u16 values[KV_STAGES * KEYS * WIDTH];
+    u16 norms[NORMS * DIM];
     float row[ROUNDED];    // what maps multiply: of every eight numbers the first four, and from ROUNDED / 2 the others
     float residual[DIM];
     float heads[3 * WIDTH];  // the new token's query, key and value of a head
@@ -177,6 +184,7 @@ struct Shared {
     float squares[WARPS];
     u64 full[WARPS * STAGES];
     u64 kv_full[KV_STAGES];
+    u64 norm_full[NORMS];
     Map maps[MAPS];
     Layer layers[LAYERS];
     float angles[WIDTH];   // the position's cosines and sines, in turn
@@ -205,13 +213,14 @@ struct Program {
     Shared& s;
     u32* exchange;
     const u16* input;
-    u16* output;
-    u32 epoch;
+    u16 *output, *tap, *tap_row;
+    u32 epoch;  // of this layer's words
+    u32 launches;
     u64 once, kept;
     int thread, warp, lane, cta, ctas;
     int position, slot, held, capacity;
     float eps;
-    // The ring: what this warp loads next, and the stage that it reads next.
+    // The warp's ring: what it loads next, and the stage that it reads next.
     int load_map, load_unit, load_units, load_inputs, load_left, load_stage;
     const u16* load_from;
     i64 load_other, load_jump;  // to the other row, and from a unit's end to the next unit
@@ -221,10 +230,18 @@ struct Program {
     int kv_layer, kv_item, kv_block, kv_load_stage;
     int kv_stage;
     u32 kv_parity;
+    // Norms by their place in the stack: the next to load and the next to read.
+    int load_norm, norms_begun, norm;
 
     __device__ Program(Shared& shared) : s(shared) {}
 
-    __device__ __forceinline__ u32* words(int layer, int at) { return exchange + (i64)layer * LAYER_WORDS + at; }
+    // How often a layer's places have been used before, modulo 3, plus 1.
+    __device__ __forceinline__ u32 epoch_of(int layer) {
+        u32 each = (LAYERS + 1 - layer % 2) / 2;
+        return (launches % 3 * each + layer / 2) % 3 + 1;
+    }
+
+    __device__ __forceinline__ u32* words(int layer, int at) { return exchange + layer % 2 * LAYER_WORDS + at; }
 
     __device__ __forceinline__ int first_unit(int map) {
         int warps = WARPS * ctas;
@@ -296,6 +313,21 @@ struct Program {
         kv_seek();
     }
 
+    // Begin to load the scales of a norm; for one thread.
+    __device__ __forceinline__ void load_next_norm() {
+        // A layer has two or three.
+        const u16* from = nullptr;
+        while (from == nullptr) {
+            if (load_norm >= 3 * LAYERS) return;
+            const Layer& layer = s.layers[load_norm / 3];
+            int which = load_norm++ % 3;
+            from = which == 0 ? layer.cross_norm : which == 1 ? layer.attention_norm : layer.feed_norm;
+        }
+        int at = norms_begun++ % NORMS;
+        barrier_expect(s.norm_full + at, 2 * DIM);
+        bulk_copy(s.norms + at * DIM, from, 2 * DIM, s.norm_full + at, kept);
+    }
+
     // Four numbers of the row that the next map multiplies.
     __device__ __forceinline__ void put(int quarter, float4 v) {
         ((float4*)(s.row + (quarter & 1) * (ROUNDED / 2)))[quarter >> 1] = v;
@@ -303,7 +335,7 @@ struct Program {
 
     // Wait for some words and give them to a function, four at a time: take(turn, quarter, float4).
     template <int COUNT, class Take>
-    __device__ __forceinline__ void gather(const u32* from, Take take) {
+    __device__ __forceinline__ void gather(const u32* from, u32 epoch, Take take) {
         constexpr int all = (COUNT / 4 + THREADS - 1) / THREADS;
         constexpr int batch = all < 8 ? all : 8;
         for (int base = 0; base < all; base += batch) {
@@ -334,14 +366,16 @@ struct Program {
 
     // Take the residual stream, from the exchange or where there is none from the input, times a norm's scales; returns
     // what the results must be multiplied by.
-    __device__ __forceinline__ float take_normalised(const u32* from, const u16* norm) {
+    __device__ __forceinline__ float take_normalised(const u32* from, u32 epoch) {
         constexpr int all = (DIM / 4 + THREADS - 1) / THREADS;
         uint2 scales[all];
+        barrier_wait(s.norm_full + norm % NORMS, norm / NORMS % 2);
 #pragma unroll
         for (int i = 0; i < all; i++) {
             int quarter = thread + i * THREADS;
-            if (quarter < DIM / 4) scales[i] = ((const uint2*)norm)[quarter];
+            if (quarter < DIM / 4) scales[i] = ((const uint2*)(s.norms + norm % NORMS * DIM))[quarter];
         }
+        norm++;
         float squares = 0.0f;
         static_assert(all <= 8, "a turn counts from the first word");
         auto take = [&](int turn, int quarter, float4 v) {
@@ -361,11 +395,12 @@ struct Program {
                 }
             }
         } else {
-            gather<DIM>(from, take);
+            gather<DIM>(from, epoch, take);
         }
         squares = warp_sum(squares);
         if (lane == 0) s.squares[warp] = squares;
         __syncthreads();
+        if (thread == THREADS - 1) load_next_norm();
         float total = 0.0f;
         for (int i = 0; i < WARPS; i++) total += s.squares[i];
         return rsqrtf(total * (1.0f / DIM) + eps);
@@ -615,7 +650,7 @@ struct Program {
                 }
             }
         }
-        gather<DIM>(words(layer, AT_QUERY), [&](int, int quarter, float4 v) { put(quarter, v); });
+        gather<DIM>(words(layer, AT_QUERY), epoch, [&](int, int quarter, float4 v) { put(quarter, v); });
         __syncthreads();
         float scale = rsqrtf((float)WIDTH);
 #pragma unroll
@@ -659,31 +694,41 @@ struct Program {
         int map = 0;
         const u32* stream = nullptr;
         for (int layer = 0; layer < LAYERS; layer++) {
+            u32 of_stream = epoch;
+            epoch = epoch_of(layer);
 #if VECTORS > 0
             if (s.layers[layer].cross_norm != nullptr) {
-                float scale = take_normalised(stream, s.layers[layer].cross_norm);
+                float scale = take_normalised(stream, of_stream);
                 multiply_to(words(layer, AT_QUERY), map++, scale, 0.0f);
                 take_crossed(layer);
                 multiply_to(words(layer, AT_CROSSED), map++, 1.0f, s.layers[layer].cross_residual);
                 stream = words(layer, AT_CROSSED);
+                of_stream = epoch;
             }
 #endif
-            float scale = take_normalised(stream, s.layers[layer].attention_norm);
+            float scale = take_normalised(stream, of_stream);
             multiply_to(words(layer, AT_HEADS), map++, scale, 0.0f);
             for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
             take_attention(layer);
             multiply_to(words(layer, AT_MIDDLE), map++, 1.0f, 1.0f);
-            scale = take_normalised(words(layer, AT_MIDDLE), s.layers[layer].feed_norm);
+            scale = take_normalised(words(layer, AT_MIDDLE), epoch);
             u32* hidden = words(layer, AT_HIDDEN);
             multiply(map++, [&](int unit, float gate, float value) {
                 gate *= scale;
                 value *= scale;
                 if (lane == 0) store_word(hidden + unit, sealed(__fdividef(value * gate, 1.0f + __expf(-gate)), epoch));
             });
-            gather<HIDDEN>(hidden, [&](int, int quarter, float4 v) { put(quarter, v); });
+            gather<HIDDEN>(hidden, epoch, [&](int, int quarter, float4 v) { put(quarter, v); });
             __syncthreads();
             if (layer + 1 < LAYERS) {
-                multiply_to(words(layer, AT_END), map++, 1.0f, 1.0f);
+                u32* to = words(layer, AT_END);
+                multiply(map++, [&](int unit, float one, float two) {
+                    if (lane < 2) {
+                        float value = (lane == 0 ? one : two) + s.residual[2 * unit + lane];
+                        store_word(to + 2 * unit + lane, sealed(value, epoch));
+                        if (layer == TAP) tap[2 * unit + lane] = tap_row[2 * unit + lane] = (u16)float_to_number(value);
+                    }
+                });
             } else {
                 multiply(map++, [&](int unit, float one, float two) {
                     if (lane < 2) {
@@ -697,12 +742,13 @@ struct Program {
     }
 };
 
-// maps [MAPS], layers [LAYERS] and exchange [LAYERS * LAYER_WORDS] lie in global memory; state [2] holds how many
+// maps [MAPS], layers [LAYERS] and exchange [2 * LAYER_WORDS] lie in global memory; state [2] holds how many
 // launches there have been and how many programs of this one have ended; input and output are [DIM]; rotary are the
-// cosines and sines [positions, WIDTH / 2, 2].
+// cosines and sines [positions, WIDTH / 2, 2]. The output of layer TAP goes to tap [DIM] and to a row of taps.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, const u16* input, u16* output,
-               const i64* position, const float* rotary, int capacity, float eps) {
+               const i64* position, const float* rotary, u16* tap, u16* taps, const i64* tap_row, int capacity,
+               float eps) {
     Shared& s = *(Shared*)shared_memory;
     Program p(s);
     p.thread = threadIdx.x;
@@ -716,12 +762,16 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     if (p.thread == 0) {
         for (int i = 0; i < WARPS * STAGES; i++) barrier_begin(s.full + i);
         for (int i = 0; i < KV_STAGES; i++) barrier_begin(s.kv_full + i);
+        for (int i = 0; i < NORMS; i++) barrier_begin(s.norm_full + i);
         barriers_begun();
     }
     p.exchange = exchange;
     p.input = input;
     p.output = output;
-    p.epoch = *(volatile u32*)state % 3 + 1;
+    p.tap = tap;
+    p.tap_row = TAP < 0 ? tap : taps + *tap_row * DIM;
+    p.launches = *(volatile u32*)state;
+    p.epoch = 0;
     p.once = once_policy();
     p.kept = kept_policy();
     p.capacity = capacity;
@@ -729,13 +779,16 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     p.slot = p.position % capacity;
     p.held = min(p.position + 1, capacity);
     p.eps = eps;
-    p.load_stage = p.stage = 0;
+    p.load_stage = p.load_left = p.stage = 0;
     p.load_map = -1;
-    p.load_left = 0;
     p.parity = p.kv_parity = 0;
     p.kv_layer = p.kv_block = p.kv_load_stage = p.kv_stage = 0;
     p.kv_item = p.cta;
+    p.load_norm = p.norms_begun = p.norm = 0;
     __syncthreads();
+    if (p.thread == THREADS - 1) {
+        for (int i = 0; i < NORMS; i++) p.load_next_norm();
+    }
     if (p.lane == 0) {
         p.next_map();
         for (int i = 0; i < STAGES; i++) p.load_next();

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -37,6 +37,9 @@ _MOST_SHARED = 232_448 - 1_024
 """Bytes of shared memory of a program; the system keeps the last."""
 _LONG = 1_024
 """Places of a cache above which heads are cut into eight parts, not four."""
+
+ARGUMENTS = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_float)
+"""The types of the kernel's arguments."""
 
 _MAP = np.dtype(
     [("weight", np.uint64), ("units", np.int32), ("inputs", np.int32), ("gated", np.int32), ("before", np.int32)]
@@ -70,6 +73,8 @@ class Sizes:
     maps: int
     layers: int
     is_bfloat16: bool
+    tap: int = -1
+    """The layer whose output is kept besides the last's; -1 for none."""
     warps: int = _WARPS
 
     @property
@@ -81,8 +86,15 @@ class Sizes:
     def stages(self) -> int:
         """Of a warp's ring: as many as there is room for."""
         most = -(-max(self.dim, self.hidden) // 8) * 8
-        floats = most + self.dim + 3 * self.width + self.warps * self.width + 3 * self.warps + self.width
-        fixed = 4 * _KV_NUMBERS + 4 * floats + 8 * 2 + _MAP.itemsize * self.maps + _LAYER.itemsize * self.layers
+        floats = most + self.dim + 4 * self.width + self.warps * self.width + 3 * self.warps
+        fixed = (
+            4 * _KV_NUMBERS
+            + 4 * floats
+            + 4 * self.dim
+            + 8 * 4
+            + _MAP.itemsize * self.maps
+            + _LAYER.itemsize * self.layers
+        )
         return (_MOST_SHARED - fixed) // (self.warps * (4 * _CHUNK + 8))
 
     def macros(self) -> dict[str, int]:
@@ -98,6 +110,7 @@ class Sizes:
             "LAYERS": self.layers,
             "WARPS": self.warps,
             "STAGES": self.stages,
+            "TAP": self.tap,
             "BFLOAT16": int(self.is_bfloat16),
         }
 
@@ -157,57 +170,77 @@ def _has_module(name: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """A stack, where it lies."""
+
+    blocks: Sequence[BlockStep]
+    caches: Sequence[AttentionCache]
+    """Of the blocks, one after another, one row each; equal in all but their layers."""
+    crosses: Mapping[int, CrossStep] = field(default_factory=dict)
+    """The layers that read a patch before their block, with their parameters."""
+    patch: tuple[Tensor, Tensor] | None = None
+    """Keys and values [layers with cross-attention, 1, H, K, E] of the newest patch."""
+    tap: int = -1
+    """The layer whose output is kept besides; -1 for none."""
+
+    def cache_places(self) -> tuple[tuple[int, int], ...]:
+        """Where the caches lie, and their capacities."""
+        return tuple((cache.keys.data_ptr(), cache.capacity) for cache in self.caches)
+
+    def keys_values(self) -> list[tuple[Tensor, Tensor]]:
+        """Of every block."""
+        return [pair for cache in self.caches for pair in zip(cache.keys, cache.values, strict=True)]
+
+
 class StackTables:
     """What the kernel reads and writes besides the token: where weights and caches lie, and what programs exchange."""
 
-    def __init__(
-        self,
-        blocks: Sequence[BlockStep],
-        cache: AttentionCache,
-        *,
-        crosses: Mapping[int, CrossStep] | None = None,
-        patch: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Point to weights and caches as they lie.
-
-        Args:
-            blocks: of the stack.
-            cache: of the stack, one row.
-            crosses: the layers that read a patch before their block, with their parameters; None for none.
-            patch: keys and values [layers with cross-attention, 1, H, K, E] of the newest patch; None for none.
-        """
-        first, crosses = blocks[0], crosses or {}
-        self.blocks, self.cache, self.crosses, self.patch = blocks, cache, crosses, patch
+    def __init__(self, parts: Parts) -> None:
+        """Point to weights and caches as they lie."""
+        first = parts.blocks[0]
+        self.parts = parts
         weight = first.query_key_value
         self.device = weight.device
+        self.rotary, self.capacity = parts.caches[0].rotary, parts.caches[0].capacity
+        dim, layers = weight.shape[1], len(parts.blocks)
         self.sizes = Sizes(
-            dim=weight.shape[1],
+            dim=dim,
             hidden=first.feed_forward_output.shape[1],
             heads=first.num_heads,
             width=first.head_dim,
-            splits=4 if cache.capacity <= _LONG else 8,
-            vectors=0 if patch is None else patch[0].shape[3],
-            maps=4 * len(blocks) + 2 * len(crosses),
-            layers=len(blocks),
+            splits=4 if self.capacity <= _LONG else 8,
+            vectors=0 if parts.patch is None else parts.patch[0].shape[3],
+            maps=4 * layers + 2 * len(parts.crosses),
+            layers=layers,
             is_bfloat16=weight.dtype == torch.bfloat16,
+            tap=parts.tap,
         )
         self.eps = first.attention_norm.eps
-        words = self.sizes.layers * self.sizes.layer_words
+        words = 2 * self.sizes.layer_words
         self.exchange = torch.zeros(words, dtype=torch.int32, device=self.device)
         self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
         self.layers = self._layers()
         self._maps: dict[int, Tensor] = {}
+        self._places = parts.cache_places()
 
     def is_current(self) -> bool:
-        """Whether the cache still lies where it lay."""
-        layer = self.cache.keys.data_ptr(), self.cache.capacity
-        return layer == (self._cache_address, self._cache_capacity)
+        """Whether the caches still lie where they lay."""
+        return self.parts.cache_places() == self._places
 
     def maps(self, programs: int) -> Tensor:
         """The table of maps, as bytes, for so many programs."""
         if programs not in self._maps:
             self._maps[programs] = self._make_maps(programs)
         return self._maps[programs]
+
+    def arguments(
+        self, x: Tensor, out: Tensor, positions: Tensor, programs: int, tap: Tap | None
+    ) -> tuple[int | float, ...]:
+        """What the kernel takes; see `ResidentStack`."""
+        taps = (out, out, positions) if tap is None else (tap.out, tap.rows, tap.row)
+        tensors = (self.maps(programs), self.layers, self.exchange, self.state, x, out, positions, self.rotary.table)
+        return (*(tensor.data_ptr() for tensor in (*tensors, *taps)), self.capacity, self.eps)
 
     def _make_maps(self, programs: int) -> Tensor:
         table = np.zeros(self.sizes.maps, dtype=_MAP)
@@ -219,8 +252,8 @@ class StackTables:
             table[index] = (weight.data_ptr(), units, weight.shape[1], gated, before)
             index, before = index + 1, (before + units) % (programs * self.sizes.warps)
 
-        for layer, block in enumerate(self.blocks):
-            cross = self.crosses.get(layer)
+        for layer, block in enumerate(self.parts.blocks):
+            cross = self.parts.crosses.get(layer)
             if cross is not None:
                 add(cross.query)
                 add(cross.output)
@@ -231,84 +264,79 @@ class StackTables:
         return self._bytes(table)
 
     def _layers(self) -> Tensor:
-        self._cache_address, self._cache_capacity = self.cache.keys.data_ptr(), self.cache.capacity
         table = np.zeros(self.sizes.layers, dtype=_LAYER)
-        for layer, block in enumerate(self.blocks):
-            row = table[layer]
+        held = self.parts.keys_values()
+        for row, block, (keys, values) in zip(table, self.parts.blocks, held, strict=True):
             row["attention_norm"] = block.attention_norm.weight.data_ptr()
             row["feed_norm"] = block.feed_forward_norm.weight.data_ptr()
-            row["keys"], row["values"] = self.cache.keys[layer].data_ptr(), self.cache.values[layer].data_ptr()
-        if self.patch is not None:
-            keys, values = self.patch
-            for index, (layer, cross) in enumerate(self.crosses.items()):
+            row["keys"], row["values"] = keys.data_ptr(), values.data_ptr()
+        if self.parts.patch is not None:
+            for (layer, cross), keys, values in zip(self.parts.crosses.items(), *self.parts.patch, strict=True):
                 row = table[layer]
                 row["cross_norm"], row["cross_residual"] = cross.query_norm.weight.data_ptr(), float(cross.residual)
-                row["cross_keys"], row["cross_values"] = keys[index].data_ptr(), values[index].data_ptr()
+                row["cross_keys"], row["cross_values"] = keys.data_ptr(), values.data_ptr()
         return self._bytes(table)
 
     def _bytes(self, table: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(table.view(np.uint8)).to(self.device)
 
 
-class ResidentStack:
-    """A stack over a cache of one row, on CUDA."""
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where the output of a stack's tapped layer goes."""
 
-    def __init__(
-        self,
-        blocks: Sequence[BlockStep],
-        cache: AttentionCache,
-        *,
-        crosses: Mapping[int, CrossStep] | None = None,
-        patch: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """See `StackTables`; nothing is compiled before the first call."""
-        self._parts = blocks, cache, crosses, patch
+    out: Tensor
+    """[1, dim]."""
+    rows: Tensor
+    """[rows, dim], contiguous, of which one takes it too:"""
+    row: Tensor
+    """int64 [1]."""
+
+
+class ResidentStack:
+    """A stack over caches of one row, on CUDA."""
+
+    def __init__(self, parts: Parts) -> None:
+        """Nothing is compiled before the first call."""
+        self._parts = parts
         self._tables: StackTables | None = None
 
-    def __call__(self, x: Tensor, positions: Tensor, programs: int) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None) -> Tensor:
         """Run one token.
 
-        The first call after the cache was replaced makes tables, which a graph cannot capture.
+        The first call after a cache was replaced makes tables, which a graph cannot capture.
 
         Args:
             x: [1, dim] contiguous.
             positions: int64 [1] its position.
             programs: how many multiprocessors to take; 0 for all.
+            tap: for the output of the layer that the stack's parts name.
 
         Returns:
             [1, dim].
         """
         if self._tables is None or not self._tables.is_current():
-            blocks, cache, crosses, patch = self._parts
-            self._tables = StackTables(blocks, cache, crosses=crosses, patch=patch)
+            self._tables = StackTables(self._parts)
         tables = self._tables
         programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
+        # Every program has to have a unit of every gated map.
+        programs = min(programs, tables.sizes.hidden)
         out = torch.empty_like(x)
-        arguments = (
-            tables.maps(programs).data_ptr(),
-            tables.layers.data_ptr(),
-            tables.exchange.data_ptr(),
-            tables.state.data_ptr(),
-            x.data_ptr(),
-            out.data_ptr(),
-            positions.data_ptr(),
-            tables.cache.rotary.table.data_ptr(),
-            tables.cache.capacity,
-            tables.eps,
-        )
         kernel = _kernel(tables.sizes, x.device.index)
-        _launch(kernel, tables.sizes.warps, programs, arguments, torch.cuda.current_stream(x.device))
+        stream = torch.cuda.current_stream(x.device)
+        _launch(kernel, tables.sizes.warps, programs, tables.arguments(x, out, positions, programs, tap), stream)
         return out
 
 
-def _launch(kernel: tuple[Any, int], warps: int, programs: int, arguments: tuple[Any, ...], stream: torch.cuda.Stream) -> None:
+def _launch(
+    kernel: tuple[Any, int], warps: int, programs: int, arguments: tuple[Any, ...], stream: torch.cuda.Stream
+) -> None:
     from cuda.bindings import driver
 
     function, shared = kernel
-    kinds = (*[ctypes.c_void_p] * 8, ctypes.c_int, ctypes.c_float)
     _checked(
         driver.cuLaunchCooperativeKernel(
-            function, programs, 1, 1, 32 * warps, 1, 1, shared, stream.cuda_stream, (arguments, kinds)
+            function, programs, 1, 1, 32 * warps, 1, 1, shared, stream.cuda_stream, (arguments, ARGUMENTS)
         )
     )
 

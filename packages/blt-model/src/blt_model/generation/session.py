@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ from blt_model.generation.graphs import GraphRunner, beside, bucket
 from blt_model.generation.patch_steps import BLTFiller, PatchSteps
 from blt_model.generation.patching import NewPatcher, NextPatch, push_all
 from blt_model.generation.prefill import PackedTexts, TextPatches, entropies_of, prefill_blt, prefill_byte_lm
-from blt_model.generation.resident import Programs, ResidentStack
+from blt_model.generation.resident import Parts, Programs, ResidentStack
 from blt_model.generation.steps import BlockStep, HashHistory, Norm, block_steps
 from blt_model.vocabulary import VOCABULARY_SIZE
 
@@ -140,6 +141,16 @@ class ByteLMSession:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stacks:
+    """A BLT's stacks in one launch each; None where they are not."""
+
+    encoder: ResidentStack | None = None
+    decoder: ResidentStack | None = None
+    whole: ResidentStack | None = None
+    """Encoder and decoder at once, with the encoder's output tapped."""
+
+
 class BLTSession:
     """Texts of a BLT."""
 
@@ -182,7 +193,7 @@ class BLTSession:
         self._decoder_blocks = self._block_steps(model.decoder.blocks)
         self._encoder_cross = _places(model.encoder.cross_attention)
         self._decoder_cross = _places(model.decoder.cross_attention)
-        self._encoder_stack, self._decoder_stack = self._resident_stacks() if self._is_fused else (None, None)
+        self._stacks = self._resident_stacks() if self._is_fused else Stacks()
         self._programs = Programs.of(self.device, model, entropy_model)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
         self._numbers = StepNumbers(3, rows, self.device)
@@ -268,15 +279,28 @@ class BLTSession:
                 self._runner.clear()
                 self._addresses = addresses
 
-    def _resident_stacks(self) -> tuple[ResidentStack | None, ResidentStack | None]:
-        """The encoder and the decoder in one launch each, where that can be."""
+    def _resident_stacks(self) -> Stacks:
+        """The stacks in one launch each, where that can be."""
+        config = self._model.config
         encoder, decoder = (block_steps(part.blocks) for part in (self._model.encoder, self._model.decoder))
         # What is kept of a byte is the state after the last layer alone.
         has_one_state = list(self._encoder_cross) == [len(encoder) - 1]
-        return (
-            fused.resident_stack(encoder, self._encoder) if has_one_state else None,
-            self._patch_steps.decoder_stack(decoder, self._decoder, self._decoder_cross),
-        )
+        reads = self._patch_steps.decoder_parts(decoder, self._decoder, self._decoder_cross)
+        stack = fused.resident_stack(reads)
+        if not has_one_state:
+            return Stacks(decoder=stack)
+        whole = None
+        if replace(config.encoder, num_layers=1) == replace(config.decoder, num_layers=1):
+            parts = replace(
+                reads,
+                blocks=[*encoder, *decoder],
+                caches=[self._encoder, self._decoder],
+                crosses={layer + len(encoder): cross for layer, cross in reads.crosses.items()},
+                tap=len(encoder) - 1,
+            )
+            whole = fused.resident_stack(parts)
+        own = fused.resident_stack(Parts(blocks=encoder, caches=[self._encoder]))
+        return Stacks(encoder=own, decoder=stack, whole=whole)
 
     def _block_steps(self, blocks: Iterable[object]) -> Sequence[BlockStep | fused.FusedBlock]:
         steps = block_steps(blocks)
@@ -316,8 +340,8 @@ class BLTSession:
     def _encode(self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: Plan) -> Tensor:
         """Byte states [n, dim]."""
         x = self._embed(tokens, positions)
-        if self._encoder_stack is not None and isinstance(plan, fused.FusedStep):
-            x = self._encoder_stack(x, plan.positions, plan.programs)
+        if self._stacks.encoder is not None and isinstance(plan, fused.FusedStep):
+            x = self._stacks.encoder(x, plan.positions, plan.programs)
             self._patch_steps.put_open(0, slots, x)
             return x
         for layer, block in enumerate(self._encoder_blocks):
@@ -359,8 +383,8 @@ class BLTSession:
 
     def _decode(self, x: Tensor, plan: Plan) -> Tensor:
         """Logits [n, V] from byte states [n, dim]."""
-        if self._decoder_stack is not None and isinstance(plan, fused.FusedStep):
-            x = self._decoder_stack(x, plan.positions, plan.programs)
+        if self._stacks.decoder is not None and isinstance(plan, fused.FusedStep):
+            x = self._stacks.decoder(x, plan.positions, plan.programs)
             return fused.normed_linear(x, self._norm, self._head)
         for layer, block in enumerate(self._decoder_blocks):
             if layer in self._decoder_cross:

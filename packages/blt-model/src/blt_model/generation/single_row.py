@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blt_model.generation import fused
 from blt_model.generation.graphs import beside
+from blt_model.generation.resident import Tap
 from blt_model.generation.session import BLTSession
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -107,9 +109,16 @@ class SingleRowSession(BLTSession):
             if lm is not None:
                 lm_plan = lm.plan_static(self._tokens, lm_positions, self._programs.entropy_model)
                 self._put_entropies(self._tokens, lm_plan)
-        plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
-        self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
-        token = self._decode_and_choose(positions, self._programs.model)
+        whole = self._stacks.whole
+        if whole is None:
+            plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
+            self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
+            token = self._choose_from(self._decode_static_row(positions, self._programs.model))
+        else:
+            x = self._embed(self._tokens, positions)
+            tap = Tap(self._states, self._patch_steps.open_bytes[0, 0], open_lengths)
+            x = whole(x, positions, self._programs.model, tap)
+            token = self._choose_from(fused.normed_linear(x, self._norm, self._head))
         join()
         if lm is not None:
             self._result[2:] = self._entropies
@@ -120,11 +129,16 @@ class SingleRowSession(BLTSession):
 
     def _again(self) -> None:
         self._numbers.device[1].zero_()
-        self._hand_over(self._decode_and_choose(self._numbers.device[0] - 1, self._programs.all))
+        logits = self._decode_static_row(self._numbers.device[0] - 1, self._programs.all)
+        self._hand_over(self._choose_from(logits))
 
-    def _decode_and_choose(self, positions: Tensor, programs: int) -> Tensor:
+    def _decode_static_row(self, positions: Tensor, programs: int) -> Tensor:
+        """Logits [1, V] from the states that the encoder has left."""
         plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity, programs)
-        token, log_probability = self._choose(self._decode(self._states, plan), self._uniform)
+        return self._decode(self._states, plan)
+
+    def _choose_from(self, logits: Tensor) -> Tensor:
+        token, log_probability = self._choose(logits, self._uniform)
         self._result[:1] = token
         self._result[1:2] = log_probability
         return token
