@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from blt_model.byte_lm import next_byte_entropy
 from blt_model.caches import AttentionCache
-from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, TransformerConfig
-from blt_model.cross_attention import BytesReadPatches
+from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Pooling, TransformerConfig
+from blt_model.cross_attention import BytesReadPatches, PatchesReadBytes
 from blt_model.generation import fused
-from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
+from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm, pool_patches
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.layers import Block
 
@@ -161,6 +161,44 @@ def test_entropies_and_choice(kernels: ModuleType, seed: int) -> None:
     allowed[:, [0, 1, 3]] = -torch.inf
     assert torch.equal(tokens, allowed.argmax(-1))
     torch.testing.assert_close(log_probabilities, allowed.amax(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_entropy", [True, False])
+def test_a_step_is_handed_over(kernels: ModuleType, has_entropy: bool) -> None:
+    token = torch.tensor([77], device=DEVICE)
+    log_probability = torch.tensor([-1.25], dtype=torch.float64, device=DEVICE)
+    entropies = torch.tensor([0.5, 9.0], device=DEVICE) if has_entropy else None
+    tokens, result = torch.tensor([3], device=DEVICE), torch.full((3,), 7.0, dtype=torch.float64, device=DEVICE)
+    numbers = torch.tensor([[4], [5], [6]], device=DEVICE)
+    counters = numbers.view(-1) if has_entropy else numbers.view(-1)[:0]
+    fused.hand_over(token, log_probability, entropies, tokens, counters, result)
+    assert tokens.tolist() == [77]
+    assert result.tolist() == [77.0, -1.25, 0.5 if has_entropy else 7.0]
+    assert numbers.flatten().tolist() == ([5, 6, 7] if has_entropy else [4, 5, 6])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_a_patch_is_completed(
+    kernels: ModuleType, length: int, pooling: Pooling, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    module = PatchesReadBytes(CrossAttentionConfig(num_heads=4, k=2), 64, 1e-5).to(DEVICE)
+    module.reset_parameters(1)
+    nn.init.uniform_(module.key_norm.weight, 0.5, 1.5)
+    cross = CrossStep.of(module.to(dtype))
+    states, projection = random(8, 64, dtype=dtype), random(128, 64, dtype=dtype) / 8
+    # Room beyond the patch holds what earlier patches left.
+    mask = torch.arange(8, device=DEVICE)[None] < length
+    with torch.no_grad():
+        pooled = fused.pooled(states, torch.tensor([length], device=DEVICE), projection, pooling)
+        wanted = F.linear(pool_patches(states[None], mask, pooling), projection)
+        assert error(pooled, wanted) < TOLERANCE[dtype]
+        vectors = wanted.view(2, 64)
+        found = fused.patch_vectors(cross, vectors, states, torch.tensor([length], device=DEVICE))
+        reference = cross(vectors[None], *cross.keys_values(states[None]), mask[:, None, None])[0]
+        assert error(found, reference) < TOLERANCE[dtype]
 
 
 def test_norms_are_read_from_modules(kernels: ModuleType) -> None:

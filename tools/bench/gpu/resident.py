@@ -25,7 +25,7 @@ from torch import Tensor
 from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, preset
 from blt_model.caches import AttentionCache
 from blt_model.generation import fused, resident
-from blt_model.generation.graphs import beside
+from blt_model.generation.graphs import Fork
 from blt_model.generation.patch_steps import cross_steps
 from blt_model.generation.resident import Parts, Programs, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps
@@ -169,10 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lm, decoder = stacks["entropy"], stacks["decoder"]
 
         def both(one: Callable[[], object], other: Callable[[], object]) -> None:
-            with beside(run.device) as join:
+            fork = Fork(run.device)
+            with fork.branch():
                 one()
             other()
-            join()
+            fork.join()
 
         for own in (own for own in sorted({programs.entropy_model, *range(40, 81, 8)}) if run.wants(f"beside/{own}")):
 

@@ -88,6 +88,12 @@ class AttentionCache:
         self.values = torch.zeros_like(self.keys)
         """[L, B, G, C, E] both."""
 
+    @property
+    def room(self) -> int:
+        """Positions that a row may have before a buffer must grow."""
+        angles = len(self.rotary.table)
+        return angles if self.config.window is not None else min(angles, self.capacity)
+
     def reserve(self, positions: int) -> bool:
         """Make room for positions 0 to positions - 1 in every row.
 

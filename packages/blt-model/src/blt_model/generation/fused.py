@@ -20,7 +20,7 @@ from torch import Tensor
 from blt_model.blt import BLT
 from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache
-from blt_model.config import TransformerConfig
+from blt_model.config import Pooling, TransformerConfig
 from blt_model.generation import resident
 from blt_model.generation.resident import Parts, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
@@ -52,6 +52,14 @@ def _token_kernels() -> ModuleType:
     from blt_model.generation import token_kernels
 
     return token_kernels
+
+
+@functools.cache
+def _patch_kernels() -> ModuleType:
+    """The kernels of complete patches; loading them loads triton."""
+    from blt_model.generation import patch_kernels
+
+    return patch_kernels
 
 
 def available(model: BLT | ByteLM) -> bool:
@@ -181,6 +189,29 @@ class PatchKeys:
 def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
     """The likeliest token of each row and its log-probability; see `token_kernels.likeliest`."""
     result: tuple[Tensor, Tensor] = _token_kernels().likeliest(logits, first, end)
+    return result
+
+
+def hand_over(
+    token: Tensor, log_probability: Tensor, entropies: Tensor | None, tokens: Tensor, numbers: Tensor, result: Tensor
+) -> None:
+    """Leave what a step has found for the next one and the host; see `token_kernels.hand_over`."""
+    _token_kernels().hand_over(token, log_probability, entropies, tokens, numbers, result)
+
+
+def patch_vectors(cross: CrossStep, vectors: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+    """Let a patch's vectors [K, dim] read its bytes, the first int64 [1] of [S, dim]; see `CrossStep`."""
+    query = F.linear(cross.query_norm(vectors), cross.query)
+    heads = F.linear(cross.key_norm(states), cross.key_value)
+    mixed = _patch_kernels().read_bytes(query, heads, lengths, cross.head_dim)
+    result: Tensor = _linear_kernels().linear(mixed, cross.output, residual=vectors, residual_scale=cross.residual)
+    return result
+
+
+def pooled(states: Tensor, lengths: Tensor, projection: Tensor, pooling: Pooling) -> Tensor:
+    """Pool the first int64 [1] bytes of [S, dim] and map them to [1, K * dim]."""
+    mean = _patch_kernels().pool(states, lengths, mean=pooling == Pooling.MEAN)
+    result: Tensor = _linear_kernels().linear(mean, projection)
     return result
 
 

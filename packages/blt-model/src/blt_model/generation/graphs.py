@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,26 +15,27 @@ def bucket(count: int, most: int) -> int:
     return min(most, 1 << max(count - 1, 0).bit_length())
 
 
-@contextmanager
-def beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Let what the block starts on a GPU run beside what comes after it.
+class Fork:
+    """Lets two lines of work on a GPU run beside one another; off CUDA things happen in their order."""
 
-    Nothing that the block allocates may be used outside it.
+    def __init__(self, device: torch.device) -> None:
+        """Begin the second line: after all that was started so far, and nothing that is started later."""
+        self._lines: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        if device.type == "cuda":
+            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+            self._lines = torch.cuda.current_stream(device), side
+            side.wait_stream(self._lines[0])
 
-    Args:
-        device: of the work; off CUDA things happen in their order.
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Start the block's work on the second line; nothing that it allocates may be used outside it."""
+        with nullcontext() if self._lines is None else torch.cuda.stream(self._lines[1]):
+            yield
 
-    Yields:
-        What makes later work wait for the block's; call it before using what the block wrote.
-    """
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    main = torch.cuda.current_stream(device)
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+    def join(self) -> None:
+        """Let later work on the first line wait for the second's, as it must before using what that wrote."""
+        if self._lines is not None:
+            self._lines[0].wait_stream(self._lines[1])
 
 
 class GraphRunner:

@@ -86,7 +86,29 @@ class PatchSteps:
             longest: S.
             mask: bool [m, S] of the bytes that each patch has; None for all.
         """
-        vectors = self._encode(step.rows, longest, mask)
+        self._run(rows, self._encode(step.rows, longest, mask), step)
+
+    def complete_one(self, rows: Tensor, step: fused.FusedStep, longest: int, lengths: Tensor) -> None:
+        """Do the same for the one row that there is, by kernels of `fused`.
+
+        Args:
+            rows: int64 [1] nought.
+            step: planned on the latent cache.
+            longest: S.
+            lengths: int64 [1] bytes of the patch.
+        """
+        vectors: Tensor | None = None
+        for cross, held in zip(self._encoder_cross, self.open_bytes[:, 0, :longest], strict=True):
+            if vectors is None:
+                pooled = fused.pooled(held, lengths, self._pool_projection, self._config.cross_attention.pooling)
+                vectors = pooled.view(self._config.cross_attention.k, -1)
+            vectors = fused.patch_vectors(cross, vectors, held, lengths)
+        if vectors is None:
+            raise RuntimeError("the local encoder has no cross-attention layer")
+        self._run(rows, vectors[None], step)
+
+    def _run(self, rows: Tensor, vectors: Tensor, step: AttentionStep | fused.FusedStep) -> None:
+        """Run vectors [m, K, dim] through the latent transformer, for the decoder to read."""
         x = vectors.flatten(1)
         if self._latent_projection is not None:
             x = F.linear(x, self._latent_projection)

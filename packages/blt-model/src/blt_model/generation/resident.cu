@@ -31,6 +31,9 @@ typedef long long i64;
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define ROUNDED (((MOST + 7) / 8) * 8)
 #define NOTHING (-1e30f)     // the largest score of no keys
+// Units whose sums are taken together, and stages that may wait to be filled: as the ring has room for them.
+#define TOGETHER (DIM > 4096 ? 1 : DIM > CHUNK ? 2 : 4)
+#define HOLD (DIM > CHUNK ? 2 : TOGETHER < STAGES ? TOGETHER : STAGES)
 
 // A linear map, by units of two rows that one warp takes: neighbours, or a gate and its value.
 struct Map {
@@ -154,21 +157,37 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
-__device__ __forceinline__ float dot8(uint4 words, float4 first, float4 second, float sum) {
-    sum = fmaf(low_number(words.x), first.x, sum);
-    sum = fmaf(high_number(words.x), first.y, sum);
-    sum = fmaf(low_number(words.y), first.z, sum);
-    sum = fmaf(high_number(words.y), first.w, sum);
-    sum = fmaf(low_number(words.z), second.x, sum);
-    sum = fmaf(high_number(words.z), second.y, sum);
-    sum = fmaf(low_number(words.w), second.z, sum);
-    return fmaf(high_number(words.w), second.w, sum);
+// Add the products of eight numbers to two sums, so that no sum waits long for the one before.
+__device__ __forceinline__ void dot8(uint4 words, const float* x, float& even, float& odd) {
+    even = fmaf(low_number(words.x), x[0], even);
+    odd = fmaf(high_number(words.x), x[1], odd);
+    even = fmaf(low_number(words.y), x[2], even);
+    odd = fmaf(high_number(words.y), x[3], odd);
+    even = fmaf(low_number(words.z), x[4], even);
+    odd = fmaf(high_number(words.z), x[5], odd);
+    even = fmaf(low_number(words.w), x[6], even);
+    odd = fmaf(high_number(words.w), x[7], odd);
 }
 
 __device__ __forceinline__ void unpack(uint4 words, float* to) {
     to[0] = low_number(words.x), to[1] = high_number(words.x), to[2] = low_number(words.y), to[3] = high_number(words.y);
     to[4] = low_number(words.z), to[5] = high_number(words.z), to[6] = low_number(words.w), to[7] = high_number(words.w);
 }
+
+__device__ __forceinline__ void read8(const float* from, float* to) {
+    float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+__device__ __forceinline__ uint4 packed(const float* from) {
+    return make_uint4(float_to_number(from[0]) | float_to_number(from[1]) << 16,
+                      float_to_number(from[2]) | float_to_number(from[3]) << 16,
+                      float_to_number(from[4]) | float_to_number(from[5]) << 16,
+                      float_to_number(from[6]) | float_to_number(from[7]) << 16);
+}
+
+__device__ __forceinline__ float rounded(float value) { return low_number(float_to_number(value)); }
 
 // Shared memory of a program.
 struct Shared {
@@ -178,7 +197,7 @@ struct Shared {
     u16 norms[NORMS * DIM];
     float row[ROUNDED];    // what maps multiply: of every eight numbers the first four, and from ROUNDED / 2 the others
     float residual[DIM];
-    float heads[3 * WIDTH];  // the new token's query, key and value of a head
+    alignas(16) float heads[3 * WIDTH];  // the new token's query, key and value of a head
     float merged[WARPS * WIDTH];
     float merged_stats[WARPS * 2];
     float squares[WARPS];
@@ -187,7 +206,7 @@ struct Shared {
     u64 norm_full[NORMS];
     Map maps[MAPS];
     Layer layers[LAYERS];
-    float angles[WIDTH];   // the position's cosines and sines, in turn
+    alignas(16) float angles[WIDTH];   // the position's cosines and sines, in turn
 };
 
 static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for this");
@@ -224,7 +243,7 @@ struct Program {
     int load_map, load_unit, load_units, load_inputs, load_left, load_stage;
     const u16* load_from;
     i64 load_other, load_jump;  // to the other row, and from a unit's end to the next unit
-    int stage;
+    int stage, to_fill;
     u32 parity;
     // The same for keys and values, of the program as a whole.
     int kv_layer, kv_item, kv_block, kv_load_stage;
@@ -406,52 +425,127 @@ struct Program {
         return rsqrtf(total * (1.0f / DIM) + eps);
     }
 
-    // This warp's units of a map of the row: give(unit, first, second) with both rows' sums, in all lanes.
+    // Note that a stage has been read. Ordering the next takes time, so the first HOLD wait for `fill`.
+    __device__ __forceinline__ void stage_read() {
+        __syncwarp();
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+        if (++to_fill < HOLD) return;
+        if (lane == 0) load_next();
+        to_fill--;
+    }
+    __device__ __forceinline__ void fill() {
+        __syncwarp();
+        if (lane == 0)
+            for (; to_fill > 0; to_fill--) load_next();
+        to_fill = 0;
+    }
+
+    // This warp's units of a map of the row: give(unit, first, second) with both rows' sums, in eight lanes that differ
+    // in `lane % 8`. The row stays in registers, and the sums of several units are taken across the warp together.
     template <class Give>
     __device__ __forceinline__ void multiply(int index, Give give) {
-        const Map map = s.maps[index];
+        constexpr int turns = (DIM + 255) / 256, chunk_turns = CHUNK / 256;
+        const int units = s.maps[index].units;
+        float x[turns][8];
+#pragma unroll
+        for (int i = 0; i < turns; i++) {
+            int at = lane + 32 * i;
+            float4 a = at < DIM / 8 ? ((const float4*)s.row)[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float4 b = at < DIM / 8 ? ((const float4*)(s.row + ROUNDED / 2))[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            x[i][0] = a.x, x[i][1] = a.y, x[i][2] = a.z, x[i][3] = a.w;
+            x[i][4] = b.x, x[i][5] = b.y, x[i][6] = b.z, x[i][7] = b.w;
+        }
+        for (int unit = first_unit(index); unit < units; unit += TOGETHER * WARPS * ctas) {
+            float one[TOGETHER], two[TOGETHER];
+#pragma unroll
+            for (int u = 0; u < TOGETHER; u++) {
+                one[u] = two[u] = 0.0f;
+                if (unit + u * WARPS * ctas >= units) continue;
+                float sums[4] = {};
+#pragma unroll
+                for (int chunk = 0; chunk < (DIM + CHUNK - 1) / CHUNK; chunk++) {
+                    const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
+                    barrier_wait(s.full + warp * STAGES + stage, parity);
+#pragma unroll
+                    for (int i = 0; i < chunk_turns; i++) {
+                        int turn = chunk * chunk_turns + i;
+                        if (turn >= turns) continue;
+                        if (DIM % 256 == 0 || lane + 32 * turn < DIM / 8) {
+                            dot8(rows[lane + 32 * i], x[turn], sums[0], sums[1]);
+                            dot8(rows[CHUNK / 8 + lane + 32 * i], x[turn], sums[2], sums[3]);
+                        }
+                    }
+                    stage_read();
+                }
+                one[u] = sums[0] + sums[1];
+                two[u] = sums[2] + sums[3];
+            }
+            // Half of the units' sums go to the other half of the warp, and so on; then lanes hold one unit's.
+            int mine = 0, mask = 16;
+#pragma unroll
+            for (int kept = TOGETHER / 2; kept; kept /= 2) {
+                bool upper = lane & mask;
+#pragma unroll
+                for (int u = 0; u < kept; u++) {
+                    one[u] = (upper ? one[u + kept] : one[u]) + shuffle_xor(upper ? one[u] : one[u + kept], mask);
+                    two[u] = (upper ? two[u + kept] : two[u]) + shuffle_xor(upper ? two[u] : two[u + kept], mask);
+                }
+                mine += upper ? kept : 0;
+                mask /= 2;
+            }
+            for (; mask; mask /= 2) {
+                one[0] += shuffle_xor(one[0], mask);
+                two[0] += shuffle_xor(two[0], mask);
+            }
+            int own = unit + mine * WARPS * ctas;
+            if (own < units) give(own, one[0], two[0]);
+            fill();
+        }
+        // The row may be overwritten now.
+        __syncthreads();
+    }
+
+    // The same for the map of the hidden numbers, of which a warp has few units: the row is read as it is needed.
+    template <class Give>
+    __device__ __forceinline__ void multiply_hidden(int index, Give give) {
+        const int units = s.maps[index].units;
         const float4* first = (const float4*)s.row;
         const float4* second = (const float4*)(s.row + ROUNDED / 2);
-        for (int unit = first_unit(index); unit < map.units; unit += WARPS * ctas) {
-            // Sums of their own for every turn, so that no sum waits long for the one before.
-            float one[CHUNK / 256] = {}, two[CHUNK / 256] = {};
-            for (int begin = 0; begin < map.inputs; begin += CHUNK) {
+        for (int unit = first_unit(index); unit < units; unit += WARPS * ctas) {
+            float sums[4] = {};
+            for (int begin = 0; begin < HIDDEN; begin += CHUNK) {
                 const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
-                int count = min(CHUNK, map.inputs - begin) / 8;
+                int count = min(CHUNK, HIDDEN - begin) / 8;
                 barrier_wait(s.full + warp * STAGES + stage, parity);
 #pragma unroll
                 for (int i = 0; i < CHUNK / 256; i++) {
                     int at = lane + 32 * i;
                     if (at < count) {
                         float4 a = first[begin / 8 + at], b = second[begin / 8 + at];
-                        one[i] = dot8(rows[at], a, b, one[i]);
-                        two[i] = dot8(rows[CHUNK / 8 + at], a, b, two[i]);
+                        float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+                        dot8(rows[at], x, sums[0], sums[1]);
+                        dot8(rows[CHUNK / 8 + at], x, sums[2], sums[3]);
                     }
                 }
-                __syncwarp();
-                // The last stage of a unit is filled anew once the unit's result is on its way.
-                if (begin + CHUNK < map.inputs && lane == 0) load_next();
-                if (++stage == STAGES) {
-                    stage = 0;
-                    parity ^= 1;
-                }
+                stage_read();
             }
-#pragma unroll
-            for (int i = 1; i < CHUNK / 256; i++) one[0] += one[i], two[0] += two[i];
-            give(unit, warp_sum(one[0]), warp_sum(two[0]));
-            if (lane == 0) load_next();
+            give(unit, warp_sum(sums[0] + sums[1]), warp_sum(sums[2] + sums[3]));
+            fill();
         }
-        // The row may be overwritten now.
         __syncthreads();
     }
 
     // A map whose results, times a scale and with the residual stream added, go to the exchange.
     __device__ __forceinline__ void multiply_to(u32* to, int index, float scale, float residual) {
         multiply(index, [&](int unit, float one, float two) {
-            if (lane < 2) {
-                float value = (lane == 0 ? one : two) * scale;
-                if (residual != 0.0f) value += residual * s.residual[2 * unit + lane];
-                store_word(to + 2 * unit + lane, sealed(value, epoch));
+            int which = lane % 8;
+            if (which < 2) {
+                float value = (which == 0 ? one : two) * scale;
+                if (residual != 0.0f) value += residual * s.residual[2 * unit + which];
+                store_word(to + 2 * unit + which, sealed(value, epoch));
             }
         });
     }
@@ -478,20 +572,21 @@ struct Program {
         Part part = part_of(item, held);
         take_head(layer, head);
         int e = lane % lanes * 8;
-        float query[8], key[8], value[8], sums[8];
+        float angles[8], query[8], key[8], value[8], sums[8] = {};
+        read8(s.angles + e, angles);
+        read8(s.heads + e, query);
+        read8(s.heads + WIDTH + e, key);
+        read8(s.heads + 2 * WIDTH + e, value);
         float scale = rsqrtf((float)WIDTH);
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            float cosine = s.angles[e + j], sine = s.angles[e + j + 1];
-            float a = s.heads[e + j], b = s.heads[e + j + 1];
-            query[j] = (a * cosine - b * sine) * scale;
-            query[j + 1] = (b * cosine + a * sine) * scale;
-            a = s.heads[WIDTH + e + j], b = s.heads[WIDTH + e + j + 1];
-            key[j] = low_number(float_to_number(a * cosine - b * sine));
-            key[j + 1] = low_number(float_to_number(b * cosine + a * sine));
-            value[j] = low_number(float_to_number(s.heads[2 * WIDTH + e + j]));
-            value[j + 1] = low_number(float_to_number(s.heads[2 * WIDTH + e + j + 1]));
-            sums[j] = sums[j + 1] = 0.0f;
+            float a = query[j], b = query[j + 1];
+            query[j] = (a * angles[j] - b * angles[j + 1]) * scale;
+            query[j + 1] = (b * angles[j] + a * angles[j + 1]) * scale;
+            a = key[j], b = key[j + 1];
+            key[j] = rounded(a * angles[j] - b * angles[j + 1]);
+            key[j + 1] = rounded(b * angles[j] + a * angles[j + 1]);
+            value[j] = rounded(value[j]), value[j + 1] = rounded(value[j + 1]);
         }
         float best = NOTHING, mass = 0.0f;
         for (int block = 0; block < part.blocks; block++) {
@@ -539,40 +634,48 @@ struct Program {
 #pragma unroll
                 for (int j = 0; j < 8; j++) sums[j] = fmaf(share, v[turn][j], sums[j]);
             }
-            __syncthreads();
-            if (thread == 0) kv_load_next();
             if (++kv_stage == KV_STAGES) {
                 kv_stage = 0;
                 kv_parity ^= 1;
             }
+            // The last ones are filled anew below, where the warps meet in any case.
+            if (block + KV_STAGES < part.blocks) {
+                __syncthreads();
+                if (thread == 0) kv_load_next();
+            }
         }
         if (warp == 0 && lane < lanes && slot >= part.begin && slot < part.end) {
             i64 at = ((i64)head * capacity + slot) * WIDTH + e;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                s.layers[layer].keys[at + j] = (u16)float_to_number(key[j]);
-                s.layers[layer].values[at + j] = (u16)float_to_number(value[j]);
-            }
+            *(uint4*)(s.layers[layer].keys + at) = packed(key);
+            *(uint4*)(s.layers[layer].values + at) = packed(value);
         }
         // Together: the keys of a warp, then the warps.
+        float largest = best;
+#pragma unroll
+        for (int mask = lanes; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+        float shrink = __expf(best - largest);
+        mass *= shrink;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] *= shrink;
 #pragma unroll
         for (int mask = lanes; mask < 32; mask *= 2) {
-            float other = shuffle_xor(best, mask), largest = fmaxf(best, other);
-            float shrink = __expf(best - largest), share = __expf(other - largest);
-            mass = mass * shrink + shuffle_xor(mass, mask) * share;
-            best = largest;
+            mass += shuffle_xor(mass, mask);
 #pragma unroll
-            for (int j = 0; j < 8; j++) sums[j] = sums[j] * shrink + shuffle_xor(sums[j], mask) * share;
+            for (int j = 0; j < 8; j++) sums[j] += shuffle_xor(sums[j], mask);
         }
         if (lane < lanes) {
 #pragma unroll
             for (int j = 0; j < 8; j++) s.merged[warp * WIDTH + e + j] = sums[j];
         }
-        if (lane == 0) s.merged_stats[2 * warp] = best, s.merged_stats[2 * warp + 1] = mass;
+        if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = mass;
         __syncthreads();
+        if (thread == 0)
+            for (int block = max(0, part.blocks - KV_STAGES); block < part.blocks; block++) kv_load_next();
         if (thread < WIDTH) {
             float largest = NOTHING, total = 0.0f, all = 0.0f;
+#pragma unroll
             for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.merged_stats[2 * i]);
+#pragma unroll
             for (int i = 0; i < WARPS; i++) {
                 float share = __expf(s.merged_stats[2 * i] - largest);
                 total += share * s.merged[i * WIDTH + thread];
@@ -716,13 +819,13 @@ struct Program {
             multiply(map++, [&](int unit, float gate, float value) {
                 gate *= scale;
                 value *= scale;
-                if (lane == 0) store_word(hidden + unit, sealed(__fdividef(value * gate, 1.0f + __expf(-gate)), epoch));
+                if (lane % 8 == 0) store_word(hidden + unit, sealed(__fdividef(value * gate, 1.0f + __expf(-gate)), epoch));
             });
             gather<HIDDEN>(hidden, epoch, [&](int, int quarter, float4 v) { put(quarter, v); });
             __syncthreads();
             if (layer + 1 < LAYERS) {
                 u32* to = words(layer, AT_END);
-                multiply(map++, [&](int unit, float one, float two) {
+                multiply_hidden(map++, [&](int unit, float one, float two) {
                     if (lane < 2) {
                         float value = (lane == 0 ? one : two) + s.residual[2 * unit + lane];
                         store_word(to + 2 * unit + lane, sealed(value, epoch));
@@ -730,7 +833,7 @@ struct Program {
                     }
                 });
             } else {
-                multiply(map++, [&](int unit, float one, float two) {
+                multiply_hidden(map++, [&](int unit, float one, float two) {
                     if (lane < 2) {
                         float value = (lane == 0 ? one : two) + s.residual[2 * unit + lane];
                         output[2 * unit + lane] = (u16)float_to_number(value);
@@ -779,7 +882,7 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     p.slot = p.position % capacity;
     p.held = min(p.position + 1, capacity);
     p.eps = eps;
-    p.load_stage = p.load_left = p.stage = 0;
+    p.load_stage = p.load_left = p.stage = p.to_fill = 0;
     p.load_map = -1;
     p.parity = p.kv_parity = 0;
     p.kv_layer = p.kv_block = p.kv_load_stage = p.kv_stage = 0;

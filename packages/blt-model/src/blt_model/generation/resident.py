@@ -38,7 +38,7 @@ _MOST_SHARED = 232_448 - 1_024
 _LONG = 1_024
 """Places of a cache above which heads are cut into eight parts, not four."""
 
-ARGUMENTS = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_float)
+ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_float)
 """The types of the kernel's arguments."""
 
 _MAP = np.dtype(
@@ -91,6 +91,7 @@ class Sizes:
             4 * _KV_NUMBERS
             + 4 * floats
             + 4 * self.dim
+            + 32
             + 8 * 4
             + _MAP.itemsize * self.maps
             + _LAYER.itemsize * self.layers

@@ -14,6 +14,7 @@ Legend: n rows in use, m rows that complete a patch, V vocabulary.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
@@ -30,7 +31,7 @@ from blt_model.caches import AttentionCache, AttentionStep
 from blt_model.config import TransformerConfig
 from blt_model.generation import fused
 from blt_model.generation.byte_lm_steps import ByteLMSteps, StepNumbers
-from blt_model.generation.graphs import GraphRunner, beside, bucket
+from blt_model.generation.graphs import Fork, GraphRunner, bucket
 from blt_model.generation.patch_steps import BLTFiller, PatchSteps
 from blt_model.generation.patching import NewPatcher, NextPatch, push_all
 from blt_model.generation.prefill import PackedTexts, TextPatches, entropies_of, prefill_blt, prefill_byte_lm
@@ -210,9 +211,13 @@ class BLTSession:
         self._logits = weight.new_zeros((rows, VOCABULARY_SIZE))
         self._decoder_plan: AttentionStep | None = None
         self._addresses: tuple[int, ...] = ()
+        self._room = (0, 0, 0)
+        """Positions, open bytes and patches of which there is room for, as of the last `_reserve`."""
 
     def admit(self, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
         """See `Session`."""
+        # Prompts may make buffers grow.
+        self._room = (0, 0, 0)
         packed = PackedTexts.pack(texts, self.device)
         entropies = [math.nan] * len(packed.tokens)
         if self._entropy_steps is not None:
@@ -264,13 +269,16 @@ class BLTSession:
 
     def _reserve(self, positions: int, open_length: int) -> None:
         """Make room for positions and open bytes in every row."""
+        wanted = positions, open_length, int(self._patch_counts.max()) + 1
+        if all(map(operator.le, wanted, self._room)):
+            return
         caches = [self._encoder, self._decoder]
         if self._entropy_steps is not None:
             caches.append(self._entropy_steps.cache)
         for cache in caches:
             cache.reserve(positions)
         self._patch_steps.reserve_open(open_length)
-        self._patch_steps.latent.reserve(int(self._patch_counts.max()) + 1)
+        self._patch_steps.latent.reserve(wanted[2])
         if self._runner.enabled:
             buffers = [cache.rotary.table for cache in (*caches, self._patch_steps.latent)]
             buffers += [cache.keys for cache in (*caches, self._patch_steps.latent)]
@@ -278,6 +286,8 @@ class BLTSession:
             if addresses != self._addresses:
                 self._runner.clear()
                 self._addresses = addresses
+        latent = self._patch_steps.latent
+        self._room = min(cache.room for cache in caches), self._patch_steps.open_capacity, latent.room
 
     def _resident_stacks(self) -> Stacks:
         """The stacks in one launch each, where that can be."""
@@ -319,12 +329,13 @@ class BLTSession:
         plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
         slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths
         # The entropy model and the encoder read nothing of each other.
-        with beside(self.device) as join:
+        fork = Fork(self.device)
+        with fork.branch():
             if self._entropy_steps is not None:
                 lm_plan = self._entropy_steps.plan_static(tokens, lm_positions, self._programs.entropy_model)
                 self._put_entropies(tokens, lm_plan)
         self._states[:size] = self._encode(tokens, positions, slots, plan)
-        join()
+        fork.join()
 
     def _put_entropies(self, tokens: Tensor, plan: Plan) -> None:
         """Run the entropy model for tokens, int64 [n], and leave float32 [n] nats."""
@@ -417,6 +428,9 @@ class BLTSession:
 
     def _complete_static(self, size: int, longest: int, length: int) -> None:
         rows, positions, lengths = self._patch_numbers.device[:, :size]
+        if self.rows == 1 and self._is_fused:
+            self._patch_steps.complete_one(rows, fused.FusedStep(positions, rows), longest, lengths)
+            return
         mask = torch.arange(longest, device=self.device) < lengths[:, None]
         plan = self._plan_static(self._patch_steps.latent, positions, rows, length)
         self._patch_steps.complete(rows, plan, longest, mask)

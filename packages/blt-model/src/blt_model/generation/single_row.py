@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blt_model.generation import fused
-from blt_model.generation.graphs import beside
+from blt_model.generation.graphs import Fork
 from blt_model.generation.resident import Tap
 from blt_model.generation.session import BLTSession
 
@@ -45,7 +45,8 @@ class SingleRowSession(BLTSession):
         Args:
             token: the first to take.
             choose: how the tokens after it are chosen; runs on the device, from tensors that stay where they are.
-            kind: equal for what chooses in the same way from the same tensors.
+            kind: equal for what chooses in the same way from the same tensors; "likeliest" for what reads no random
+                number.
         """
         if not hasattr(self, "_result"):
             pinned = self.device.type == "cuda"
@@ -56,6 +57,7 @@ class SingleRowSession(BLTSession):
             # Views of the same memory, quicker to read and write number by number.
             self._numbers_back, self._number_out = self._host_result.numpy(), self._host_uniform.numpy()
         self._choose, self._kind = choose, kind
+        self._is_likeliest = kind == "likeliest"
         self._tokens.fill_(token)
         self._numbers.host[:2] = self._positions, self._open_lengths
         if self._entropy_steps is not None:
@@ -103,46 +105,48 @@ class SingleRowSession(BLTSession):
 
     def _ahead(self) -> None:
         positions, open_lengths, lm_positions = self._numbers.device
-        self._uniform.copy_(self._host_uniform, non_blocking=True)
-        lm = self._entropy_steps
-        with beside(self.device) as join:
+        lm, whole = self._entropy_steps, self._stacks.whole
+        fork = Fork(self.device)
+        if not self._is_likeliest:
+            self._uniform.copy_(self._host_uniform, non_blocking=True)
+        # First of all, as the most depends on it.
+        x = None if whole is None else self._embed(self._tokens, positions)
+        with fork.branch():
             if lm is not None:
                 lm_plan = lm.plan_static(self._tokens, lm_positions, self._programs.entropy_model)
                 self._put_entropies(self._tokens, lm_plan)
-        whole = self._stacks.whole
-        if whole is None:
+        if whole is None or x is None:
             plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
             self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
-            token = self._choose_from(self._decode_static_row(positions, self._programs.model))
+            logits = self._decode_row(positions, self._programs.model)
         else:
-            x = self._embed(self._tokens, positions)
             tap = Tap(self._states, self._patch_steps.open_bytes[0, 0], open_lengths)
             x = whole(x, positions, self._programs.model, tap)
-            token = self._choose_from(fused.normed_linear(x, self._norm, self._head))
-        join()
-        if lm is not None:
-            self._result[2:] = self._entropies
-            if lm.context_start is not None:
-                lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
-        self._numbers.device.add_(1)
-        self._hand_over(token)
+            logits = fused.normed_linear(x, self._norm, self._head)
+        chosen = self._choose(logits, self._uniform)
+        fork.join()
+        if lm is not None and lm.context_start is not None:
+            lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
+        self._hand_over(*chosen, None if lm is None else self._entropies, self._numbers.device.view(-1))
 
     def _again(self) -> None:
         self._numbers.device[1].zero_()
-        logits = self._decode_static_row(self._numbers.device[0] - 1, self._programs.all)
-        self._hand_over(self._choose_from(logits))
+        chosen = self._choose(self._decode_row(self._numbers.device[0] - 1, self._programs.all), self._uniform)
+        self._hand_over(*chosen, None, self._numbers.device.view(-1)[:0])
 
-    def _decode_static_row(self, positions: Tensor, programs: int) -> Tensor:
+    def _decode_row(self, positions: Tensor, programs: int) -> Tensor:
         """Logits [1, V] from the states that the encoder has left."""
         plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity, programs)
         return self._decode(self._states, plan)
 
-    def _choose_from(self, logits: Tensor) -> Tensor:
-        token, log_probability = self._choose(logits, self._uniform)
-        self._result[:1] = token
-        self._result[1:2] = log_probability
-        return token
-
-    def _hand_over(self, token: Tensor) -> None:
-        self._tokens.copy_(token)
+    def _hand_over(self, token: Tensor, log_probability: Tensor, entropies: Tensor | None, counters: Tensor) -> None:
+        """Leave what was found for the next step and the host, and count up."""
+        if self._is_fused:
+            fused.hand_over(token, log_probability, entropies, self._tokens, counters, self._result)
+        else:
+            self._result[:1], self._result[1:2] = token, log_probability
+            if entropies is not None:
+                self._result[2:] = entropies
+            counters.add_(1)
+            self._tokens.copy_(token)
         self._host_result.copy_(self._result, non_blocking=True)

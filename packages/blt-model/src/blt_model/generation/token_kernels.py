@@ -169,6 +169,53 @@ def _likeliest(logits, token, log_probability, vocabulary, first, end, BLOCK: tl
     tl.store(log_probability + n, (best - normaliser).to(tl.float64))
 
 
+@triton.jit
+def _hand_over(
+    token, log_probability, entropies, tokens, numbers, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """The one row."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    chosen = tl.load(token)
+    tl.store(tokens, chosen)
+    tl.store(result, chosen.to(tl.float64))
+    tl.store(result + 1, tl.load(log_probability))
+    if HAS_ENTROPY:
+        tl.store(result + 2, tl.load(entropies).to(tl.float64))
+    n = tl.arange(0, BLOCK)
+    tl.store(numbers + n, tl.load(numbers + n, mask=n < COUNT, other=0) + 1, mask=n < COUNT)
+
+
+def hand_over(
+    token: Tensor, log_probability: Tensor, entropies: Tensor | None, tokens: Tensor, numbers: Tensor, result: Tensor
+) -> None:
+    """Leave what a step of one row has found where the next step and the host look for it.
+
+    Args:
+        token: int64 [1] the next token.
+        log_probability: float64 [1] its own.
+        entropies: float32 [1] of the token before it; None for none, or where it has been handed over.
+        tokens: int64 [1] takes the token.
+        numbers: int64 [count], contiguous, counted up by one each.
+        result: float64 [3] takes token, log-probability and entropy.
+    """
+    _hand_over[(1,)](
+        token,
+        log_probability,
+        token if entropies is None else entropies,
+        tokens,
+        numbers,
+        result,
+        COUNT=numbers.numel(),
+        BLOCK=triton.next_power_of_2(max(numbers.numel(), 1)),
+        HAS_ENTROPY=entropies is not None,
+        **dependence(),
+        num_warps=1,
+    )
+
+
 def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
     """The likeliest token of every row among those that may be chosen.
 
