@@ -27,19 +27,22 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 #: The files that take longest, longest first. They are begun first, so that no process is left with one at the end.
 SLOWEST = (
-    "blt_train/test_nodes.py",
-    "blt_model/test_segment_kernels.py",
     "end_to_end/test_quickstart.py",
+    "blt_model/test_segment_kernels.py",
+    "blt_train/test_nodes.py",
     "blt_train/test_slurm_job.py",
     "blt_train/test_resume.py",
     "blt_data/test_ray.py",
     "blt_train/test_elastic.py",
-    "blt_model/test_tile_attention.py",
     "blt_train/test_parallel.py",
+    "blt_data/test_resume.py",
     "blt_train/test_watching.py",
     "blt_train/test_distributed.py",
     "blt_train/test_accumulation.py",
     "blt_patcher/test_workers.py",
+    "blt_model/test_tile_attention.py",
+    "blt_model/test_generation.py",
+    "blt_model/test_kernels.py",
 )
 
 

@@ -51,16 +51,24 @@ def test_killed_at_random_instants(kills: str, options: list[str]) -> None:
     assert f"{kills} kills, all resumed to" in done.stdout
 
 
-@pytest.fixture
-def large_source(tmp_path: Path) -> Path:
-    source = tmp_path / "in"
-    source.mkdir()
+@pytest.fixture(scope="module")
+def large_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("large")
     for index in range(12):
         write_parquet(source / f"{index:02d}.parquet", [f"{index} {row} " * 300 for row in range(400)], group=100)
     return source
 
 
-def test_kill_with_workers(tmp_path: Path, large_source: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(large_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that an undisturbed run of one worker leaves."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    options = ["--workers", "1", "--shard-size", "200kB"]
+    subprocess.run(prepare_command(large_source, output, *options), check=True, capture_output=True)
+    return files_of(output)
+
+
+def test_kill_with_workers(tmp_path: Path, large_source: Path, whole: dict[str, bytes]) -> None:
     options = ["--workers", "2", "--shard-size", "200kB"]
     output = tmp_path / "out"
     killed = subprocess.Popen(prepare_command(large_source, output, *options), stderr=subprocess.DEVNULL)
@@ -74,8 +82,7 @@ def test_kill_with_workers(tmp_path: Path, large_source: Path) -> None:
     assert not (output / "manifest.json").exists()
     done = subprocess.run(prepare_command(large_source, output, *options), capture_output=True, text=True, check=True)
     assert "an earlier run finished" in done.stderr
-    subprocess.run(prepare_command(large_source, tmp_path / "whole", "--workers", "1", *options[2:]), check=True)
-    assert files_of(output) == files_of(tmp_path / "whole")
+    assert files_of(output) == whole
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path, large_source: Path) -> None:
@@ -107,7 +114,7 @@ def processes_of_session(session: int) -> list[int]:
     return found
 
 
-def test_killed_worker_is_replaced(tmp_path: Path, large_source: Path) -> None:
+def test_killed_worker_is_replaced(tmp_path: Path, large_source: Path, whole: dict[str, bytes]) -> None:
     """As the kernel does when memory runs out. A plain multiprocessing pool would wait for ever."""
     output = tmp_path / "out"
     command = prepare_command(large_source, output, "--workers", "2", "--shard-size", "200kB")
@@ -120,9 +127,7 @@ def test_killed_worker_is_replaced(tmp_path: Path, large_source: Path) -> None:
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 0
     assert "Traceback" not in errors
-    options = ["--workers", "1", "--shard-size", "200kB"]
-    subprocess.run(prepare_command(large_source, tmp_path / "whole", *options), check=True, capture_output=True)
-    assert files_of(output) == files_of(tmp_path / "whole")
+    assert files_of(output) == whole
 
 
 def test_other_parameters_over_an_unfinished_run_start_anew(tmp_path: Path, large_source: Path) -> None:
@@ -158,7 +163,9 @@ def test_two_runs_on_one_output(tmp_path: Path, large_source: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["record: {}", "record: {", "index"])
-def test_a_task_with_a_damaged_record_is_done_again(tmp_path: Path, large_source: Path, damage: str) -> None:
+def test_a_task_with_a_damaged_record_is_done_again(
+    tmp_path: Path, large_source: Path, whole: dict[str, bytes], damage: str
+) -> None:
     options = ["--workers", "1", "--shard-size", "200kB"]
     output = tmp_path / "out"
     killed = subprocess.Popen(prepare_command(large_source, output, *options), stderr=subprocess.DEVNULL)
@@ -177,6 +184,4 @@ def test_a_task_with_a_damaged_record_is_done_again(tmp_path: Path, large_source
     done = subprocess.run(prepare_command(large_source, output, *options), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    whole = tmp_path / "whole"
-    subprocess.run(prepare_command(large_source, whole, *options), check=True, capture_output=True)
-    assert files_of(output) == files_of(whole)
+    assert files_of(output) == whole
