@@ -221,8 +221,8 @@ class Parts:
 class StackTables:
     """What the kernel reads and writes besides the token: where weights and caches lie, and what programs exchange."""
 
-    def __init__(self, parts: Parts) -> None:
-        """Point to weights and caches as they lie."""
+    def __init__(self, parts: Parts, manner: Manner | None = None) -> None:
+        """Point to weights and caches as they lie; the manner is the usual one where it is None."""
         first = parts.blocks[0]
         self.parts = parts
         weight = first.query_key_value
@@ -240,7 +240,7 @@ class StackTables:
             layers=layers,
             is_bfloat16=weight.dtype == torch.bfloat16,
             tap=parts.tap,
-            manner=_WIDE if dim > _CHUNK else _NARROW,
+            manner=manner or (_WIDE if dim > _CHUNK else _NARROW),
         )
         self.eps = first.attention_norm.eps
         words = 2 * self.sizes.layer_words
@@ -327,7 +327,17 @@ class ResidentStack:
     def __init__(self, parts: Parts) -> None:
         """Nothing is compiled before the first call."""
         self._parts = parts
+        self._manner: Manner | None = None
         self._tables: StackTables | None = None
+
+    def take(self, manner: Manner) -> None:
+        """Go about it so from now on."""
+        self._manner, self._tables = manner, None
+
+    def compiled(self, manner: Manner) -> None:
+        """Compile what a manner needs, ahead of the first call."""
+        tables = StackTables(self._parts, manner)
+        _kernel(tables.sizes, tables.device.index)
 
     def __call__(self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None) -> Tensor:
         """Run one token.
@@ -344,7 +354,7 @@ class ResidentStack:
             [1, dim].
         """
         if self._tables is None or not self._tables.is_current():
-            self._tables = StackTables(self._parts)
+            self._tables = StackTables(self._parts, self._manner)
         tables = self._tables
         programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
         # Every program has to have a unit of every gated map.
