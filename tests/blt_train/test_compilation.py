@@ -1,5 +1,6 @@
 """Compiling where there is no compiler."""
 
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ except ConfigError as error:
 
 
 def test_without_a_compiler_one_sentence_says_so() -> None:
-    environment = {"PATH": "/nowhere", "CXX": "/nowhere/g++", "OMP_NUM_THREADS": "1"}
+    kept = {key: value for key, value in os.environ.items() if key.startswith("PYTHON")}
+    environment = kept | {"PATH": "/nowhere", "CXX": "/nowhere/g++", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     assert "needs a C++ compiler, and none was found" in result.stdout
     assert len(result.stdout.splitlines()) == 1
