@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -70,20 +69,25 @@ inline std::map<void*, Barrier> barriers;
 inline std::function<void()> body;
 inline std::mt19937 random_numbers;
 
-inline void require(bool holds, const char* what) {
-    if (!holds) {
-        std::fprintf(stderr, "emulated CUDA: %s\n", what);
-        std::abort();
-    }
-}
+inline const char* failure;
+inline long steps;  // whatever brings a waiting fiber further
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
+
+// End the launch with a reason.
+inline void require(bool holds, const char* what) {
+    while (!holds) {
+        failure = what;
+        yield();
+    }
+}
 
 inline void wait_at(Meeting& at) {
     int turn = at.turn;
     if (++at.arrived == at.size) {
         at.arrived = 0;
         at.turn++;
+        steps++;
     }
     while (at.turn == turn) yield();
 }
@@ -94,8 +98,8 @@ inline void enter() {
     yield();
 }
 
-// Run a kernel to its end; false if it stands still.
-inline bool launch(int blocks, int threads, size_t memory, unsigned seed, std::function<void()> kernel) {
+// Run a kernel to its end; returns why it cannot, or null.
+inline const char* launch(int blocks, int threads, size_t memory, unsigned seed, std::function<void()> kernel) {
     body = kernel;
     grid.x = blocks;
     barriers.clear();
@@ -127,8 +131,12 @@ inline bool launch(int blocks, int threads, size_t memory, unsigned seed, std::f
     random_numbers.seed(seed);
     std::vector<Fiber*> live;
     for (auto& fiber : fibers) live.push_back(fiber.get());
-    long rounds = 0;
-    while (!live.empty() && ++rounds < 5000000) {
+    long rounds = 0, before = steps;
+    failure = nullptr;
+    while (!live.empty() && failure == nullptr) {
+        if (steps != before) rounds = 0;
+        before = steps;
+        if (++rounds == 1000) failure = "all wait for each other";
         std::rotate(live.begin(), live.begin() + random_numbers() % live.size(), live.end());
         for (Fiber* fiber : live) {
             current = fiber;
@@ -136,9 +144,10 @@ inline bool launch(int blocks, int threads, size_t memory, unsigned seed, std::f
         }
         live.erase(std::remove_if(live.begin(), live.end(), [](Fiber* fiber) { return fiber->done; }), live.end());
     }
-    for (auto& [at, barrier] : barriers) require(barrier.copies.empty(), "a copy was begun and not waited for");
+    for (auto& [at, barrier] : barriers)
+        if (failure == nullptr && !barrier.copies.empty()) failure = "a copy was begun and not waited for";
     for (auto& block : all) std::free(block->memory);
-    return live.empty();
+    return failure;
 }
 
 }  // namespace emulated
@@ -176,7 +185,10 @@ inline uint4 load_words(const uint32_t* at) {
     std::memcpy(&v, at, sizeof v);
     return v;
 }
-inline void store_word(uint32_t* at, uint32_t word) { *at = word; }
+inline void store_word(uint32_t* at, uint32_t word) {
+    *at = word;
+    emulated::steps++;
+}
 
 inline void barrier_begin(unsigned long long* barrier) { emulated::barriers[barrier] = {}; }
 inline void barriers_begun() {}
@@ -199,6 +211,7 @@ inline void barrier_wait(unsigned long long* barrier, uint32_t parity) {
         at.copies.clear();
         at.arrived = false;
         at.phase ^= 1;
+        emulated::steps++;
     }
 }
 inline unsigned long long once_policy() { return 0; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,8 @@ from blt_model.generation.steps import BlockStep, CrossStep, Norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).resolve().parent
-SMALL = TransformerConfig(dim=64, num_layers=2, num_heads=4, ffn_dim=96, window=24)
+SMALL = TransformerConfig(dim=64, num_layers=3, num_heads=4, ffn_dim=96, window=24)
+FIRST = replace(SMALL, num_layers=1)
 CHUNKS = TransformerConfig(dim=32, num_layers=1, num_heads=2, ffn_dim=2056, window=24)
 WIDE = TransformerConfig(dim=1152, num_layers=1, num_heads=9, ffn_dim=64, window=None)
 
@@ -145,8 +147,9 @@ class Emulator:
         at = torch.tensor([position])
         run = self._library(tables.sizes).run
         run.argtypes = (ctypes.c_int, ctypes.c_uint, *resident.ARGUMENTS)
-        finished = run(programs, seed, *tables.arguments(x, out, at, programs, tap))
-        assert finished, "the programs wait for each other for ever"
+        run.restype = ctypes.c_char_p
+        failure = run(programs, seed, *tables.arguments(x, out, at, programs, tap))
+        assert failure is None, failure.decode()
         return out
 
     def _library(self, sizes: resident.Sizes) -> ctypes.CDLL:
@@ -171,50 +174,50 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double().cpu() - wanted).norm() / wanted.norm())
 
 
-def check_tap(tap: Tap | None, wanted: Tensor, dtype: torch.dtype) -> None:
-    """One row and no other has the tapped output."""
+def check(stack: Stack, position: int, run: Callable[[Tensor, Tap | None], Tensor]) -> None:
+    """A token's output, what it leaves in the cache, and what is tapped."""
+    x, tap, limit = stack.numbers(1, stack.config.dim), stack.taps(), LIMITS[stack.dtype]
+    tapped, wanted = stack.expected(x, position)
+    assert relative(run(x, tap), wanted) < limit
     if tap is not None:
-        assert relative(tap.out, wanted) < LIMITS[dtype]
+        assert relative(tap.out, tapped) < limit
+        # One row and no other.
         assert torch.equal(tap.rows[1:2], tap.out)
         assert not tap.rows[::2].any()
+    slot = position % stack.cache.capacity
+    for narrow, wide in ((stack.cache.keys, stack.wide_cache.keys), (stack.cache.values, stack.wide_cache.values)):
+        assert relative(narrow[:, :, :, slot], wide[:, :, :, slot]) < limit
 
 
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 CASES = [
-    (SMALL, (), 0, 2),
-    (SMALL, (0, 1), 5, 3),
-    (SMALL, (1,), 23, 1),
-    (SMALL, (0,), 100, 2),
-    (CHUNKS, (), 7, 2),
-    (WIDE, (), 70, 3),
+    # Over the end of the window and with several launches, whose programs differ in number.
+    (SMALL, (0, 2), 22, (2, 3, 1, 2)),
+    (FIRST, (), 0, (2,)),
+    (CHUNKS, (), 7, (2,)),
+    # Parts of several blocks of keys, and a row of several chunks.
+    (WIDE, (), 400, (3,)),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("config", "crossed", "position", "programs"), CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), zip(CASES, (torch.float16, torch.float16, torch.bfloat16, torch.bfloat16), strict=True)
+)
 def test_equals_blocks_in_float64(
     emulator: Emulator,
-    config: TransformerConfig,
-    crossed: tuple[int, ...],
-    position: int,
-    programs: int,
+    case: tuple[TransformerConfig, tuple[int, ...], int, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> None:
+    config, crossed, position, launches = case
     stack = Stack(config, dtype, "cpu", crossed=crossed)
     stack.fill(position)
     tables = StackTables(stack.parts())
-    for turn in range(2 if config is SMALL else 1):
-        x = stack.numbers(1, config.dim)
-        tapped, wanted = stack.expected(x, position + turn)
-        tap = stack.taps()
-        found = emulator.run(tables, x, position + turn, programs, turn, tap)
-        assert relative(found, wanted) < LIMITS[dtype]
-        check_tap(tap, tapped, dtype)
-        slot = (position + turn) % stack.cache.capacity
-        for narrow, wide in zip(
-            (stack.cache.keys, stack.cache.values), (stack.wide_cache.keys, stack.wide_cache.values), strict=True
-        ):
-            assert relative(narrow[:, :, :, slot], wide[:, :, :, slot]) < LIMITS[dtype]
+    for turn, programs in enumerate(launches):
+
+        def run(x: Tensor, tap: Tap | None, turn: int = turn, programs: int = programs) -> Tensor:
+            return emulator.run(tables, x, position + turn, programs, turn, tap)
+
+        check(stack, position + turn, run)
 
 
 LATENT = TransformerConfig(dim=2048, num_layers=3, num_heads=16, ffn_dim=5632)
@@ -241,16 +244,11 @@ def test_equals_blocks_in_float64_on_cuda(
     stack.fill(position)
     run = ResidentStack(stack.parts())
     for turn, programs in enumerate((0, 66, 1, 131, 0)):
-        x = stack.numbers(1, config.dim)
-        tapped, wanted = stack.expected(x, position + turn)
-        tap = stack.taps()
         at = torch.tensor([position + turn], device="cuda")
-        found = run(x, at, programs, tap)
-        assert relative(found, wanted) < LIMITS[dtype]
-        check_tap(tap, tapped, dtype)
-        assert torch.equal(run(x, at, programs, tap), found)
-        slot = (position + turn) % stack.cache.capacity
-        for narrow, wide in zip(
-            (stack.cache.keys, stack.cache.values), (stack.wide_cache.keys, stack.wide_cache.values), strict=True
-        ):
-            assert relative(narrow[:, :, :, slot], wide[:, :, :, slot]) < LIMITS[dtype]
+
+        def twice(x: Tensor, tap: Tap | None, at: Tensor = at, programs: int = programs) -> Tensor:
+            found = run(x, at, programs, tap)
+            assert torch.equal(run(x, at, programs, tap), found)
+            return found
+
+        check(stack, position + turn, twice)
