@@ -2,14 +2,10 @@
 
     python -m tools.bench.gpu.resident
     python -m tools.bench.gpu.resident --cases latent
-    python -m tools.bench.gpu.resident --tune
 
 - *latent*, *decoder*, *entropy*: the stacks of `blt-1b` (the decoder with its cross-attention) and `entropy-100m`,
   alone on the GPU; *beside*: entropy model and decoder at once, each on a part of the multiprocessors.
 - *ours* is the resident stack, *reference* the kernels one after another, both with random weights in bfloat16.
-
-With `--tune` every manner of going about it is timed instead (see `blt_model.generation.resident.Manner`), compiled in
-threads first: *beside* for the stacks of narrow rows, *latent* for wide ones, and ways to divide the multiprocessors.
 
 Figures are microseconds a run, and the share of the bandwidth of a large copy at which weights were read. Errors are of
 one form against the other. The last line is JSON. Exits with 1 if an error is beyond its limit. Needs compute
@@ -18,10 +14,8 @@ capability 9; elsewhere it measures nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -148,58 +142,9 @@ def figures(
     }
 
 
-def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
-    """Times of all manners, the quickest first."""
-    ways = [
-        resident.Manner(in_flight=flying, together=together, sentinel=sentinel)
-        for together in (4, 2, 1)
-        for flying in (8, 10, 12, 16, 24, 40)
-        for sentinel in (False, True)
-    ]
-    at = {name: torch.tensor([POSITIONS[name][0]], device=run.device) for name in stacks}
-
-    def take(manner: resident.Manner) -> None:
-        for problem in stacks.values():
-            problem.stack.take(manner)
-
-    jobs = [(problem, manner) for problem in stacks.values() for manner in ways]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: job[0].stack.compiled(job[1]), jobs))
-
-    def beside(own: int) -> None:
-        fork = Fork(run.device)
-        with fork.branch():
-            stacks["entropy"].resident(at["entropy"], own)
-        stacks["decoder"].resident(at["decoder"], everything - own)
-        fork.join()
-
-    rows: list[Row] = []
-
-    def measure(case: str, manner: resident.Manner, size: int, function: Callable[[], object]) -> None:
-        take(manner)
-        seconds = seconds_of(function, run)
-        rows.append(
-            {"case": case, **asdict(manner), "us": 1e6 * seconds, "of_copy": size / seconds / bandwidth, "ok": True}
-        )
-
-    def best(case: str) -> resident.Manner:
-        rows.sort(key=lambda row: (row["case"], row["us"]))
-        first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(**{name: first[name] for name in ("in_flight", "together", "sentinel")})
-
-    size = stacks["entropy"].bytes + stacks["decoder"].bytes
-    for manner in ways:
-        measure("latent", manner, stacks["latent"].bytes, lambda: stacks["latent"].resident(at["latent"]))
-        measure("beside/58", manner, size, lambda: beside(58))
-    for own in range(44, 76, 4):
-        measure(f"beside/{own} of the best", best("beside/58"), size, partial(beside, own))
-    best("latent")
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cases for which there is time."""
-    run = settings(__doc__, arguments, budget=60, switches={"tune": "Time all manners."})
+    run = settings(__doc__, arguments, budget=60)
     if not resident.available(run.device):
         report("resident", run, [], copy_bandwidth=None)
         return
@@ -208,9 +153,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     with torch.no_grad():
         stacks, programs = problems(run)
-        if "tune" in run.switches:
-            report("resident_tune", run, tune(stacks, run, bandwidth, programs.all), copy_bandwidth=bandwidth)
-            return
         for name, problem in stacks.items():
             for position in POSITIONS[name]:
                 case = f"{name}/{position}"

@@ -15,8 +15,7 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   STAGES of a warp's ring, IN_FLIGHT (stages of a program under way at once), TOGETHER (units of a warp whose sums
-//   are taken together, a power of two), SENTINEL (whether few words are looked at first), BFLOAT16 (0 for float16).
+//   STAGES of a warp's ring, BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -32,20 +31,15 @@ typedef long long i64;
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define ROUNDED (((MOST + 7) / 8) * 8)
 #define NOTHING (-1e30f)     // the largest score of no keys
-
-static_assert(IN_FLIGHT >= WARPS, "every warp needs a stage under way");
+// Units whose sums are taken together, and stages that may wait to be filled: as the ring has room for them.
+#define TOGETHER (DIM > 4096 ? 1 : DIM > CHUNK ? 2 : 4)
+#define HOLD (DIM > CHUNK ? 2 : TOGETHER < STAGES ? TOGETHER : STAGES)
 
 // A linear map, by units of two rows that one warp takes: neighbours, or a gate and its value.
 struct Map {
     const u16* weight;
     int units, inputs, gated;
-    int each, extra;  // units of every warp, and how many warps have one more
-    int before;       // where the warps that have one more begin
-};
-
-// Units of a warp.
-struct Span {
-    int unit, end;
+    int before;  // units of all maps before it, modulo the number of warps
 };
 
 // A layer. What it does not have is null.
@@ -87,16 +81,6 @@ __device__ __forceinline__ void barriers_begun() { asm volatile("fence.proxy.asy
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
-    u32 done;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-    return done;
 }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     asm volatile(
@@ -256,13 +240,10 @@ struct Program {
     int position, slot, held, capacity;
     float eps;
     // The warp's ring: what it loads next, and the stage that it reads next.
-    int load_map, load_units, load_inputs, load_left, load_stage;
+    int load_map, load_unit, load_units, load_inputs, load_left, load_stage;
     const u16* load_from;
-    i64 load_other, load_jump;  // to the other row, and from a row's end to the next unit
-    int free;                   // stages that wait to be filled
-    int flying, flying_stage;   // stages under way, and the oldest of them
-    u32 flying_parity;
-    int stage;
+    i64 load_other, load_jump;  // to the other row, and from a unit's end to the next unit
+    int stage, to_fill;
     u32 parity;
     // The same for keys and values, of the program as a whole.
     int kv_layer, kv_item, kv_block, kv_load_stage;
@@ -281,15 +262,10 @@ struct Program {
 
     __device__ __forceinline__ u32* words(int layer, int at) { return exchange + layer % 2 * LAYER_WORDS + at; }
 
-    // Neighbouring units go to one warp and to one program, so that few writes bring their words; where there are fewer
-    // units than warps, to as many programs as there are.
-    __device__ __forceinline__ Span span_of(const Map& map) {
-        int place = (map.each ? cta * WARPS + warp : warp * ctas + cta) - map.before;
-        if (place < 0) place += WARPS * ctas;
-        Span span;
-        span.unit = place * map.each + min(place, map.extra);
-        span.end = span.unit + map.each + (place < map.extra);
-        return span;
+    __device__ __forceinline__ int first_unit(int map) {
+        int warps = WARPS * ctas;
+        int unit = warp * ctas + cta - s.maps[map].before;
+        return unit < 0 ? unit + warps : unit;
     }
 
     // Go on to the next map of which this warp has a unit.
@@ -297,69 +273,35 @@ struct Program {
         load_left = 0;
         while (++load_map < MAPS) {
             const Map& map = s.maps[load_map];
-            Span span = span_of(map);
-            if (span.unit >= span.end) continue;
+            load_unit = first_unit(load_map);
+            if (load_unit >= map.units) continue;
             int rows = map.gated ? 1 : 2;  // from a unit to the next
-            load_units = span.end - span.unit;
+            load_units = map.units;
             load_left = load_inputs = map.inputs;
-            load_from = map.weight + (i64)span.unit * rows * map.inputs;
+            load_from = map.weight + (i64)load_unit * rows * map.inputs;
             load_other = map.gated ? (i64)map.units * map.inputs : map.inputs;
-            load_jump = (rows - 1) * map.inputs;
+            load_jump = (i64)(rows * WARPS * ctas - 1) * map.inputs;
             return;
         }
     }
 
     // Begin to load a stage; for one lane.
     __device__ __forceinline__ void load_next() {
+        if (load_left == 0) return;
         int count = min(CHUNK, load_left), at = warp * STAGES + load_stage;
         u64* barrier = s.full + at;
         u16* to = s.ring + at * STAGE;
         barrier_expect(barrier, 4 * count);
-        if (count == CHUNK && load_other == CHUNK) {
-            bulk_copy(to, load_from, 4 * CHUNK, barrier, once);
-        } else {
-            bulk_copy(to, load_from, 2 * count, barrier, once);
-            bulk_copy(to + CHUNK, load_from + load_other, 2 * count, barrier, once);
-        }
+        bulk_copy(to, load_from, 2 * count, barrier, once);
+        bulk_copy(to + CHUNK, load_from + load_other, 2 * count, barrier, once);
         load_stage = load_stage + 1 == STAGES ? 0 : load_stage + 1;
         load_from += count;
         load_left -= count;
         if (load_left > 0) return;
+        load_unit += WARPS * ctas;
         load_from += load_jump;
         load_left = load_inputs;
-        if (--load_units == 0) next_map();
-    }
-
-    // Order what this warp may order now; wherever it waits. So many stages at once keep memory busy; more would only
-    // stand in the queues in which the exchange's words stand too.
-    __device__ __forceinline__ void order() {
-        if (lane != 0) return;
-        if (free == 0 || load_left == 0) return;
-        while (flying > 0 && barrier_test(s.full + warp * STAGES + flying_stage, flying_parity)) {
-            flying--;
-            if (++flying_stage == STAGES) {
-                flying_stage = 0;
-                flying_parity ^= 1;
-            }
-        }
-        if (flying >= IN_FLIGHT / WARPS + (warp < IN_FLIGHT % WARPS)) return;
-        load_next();
-        flying++;
-        free--;
-    }
-
-    __device__ __forceinline__ void await_stage() {
-        while (!barrier_test(s.full + warp * STAGES + stage, parity)) order();
-    }
-
-    __device__ __forceinline__ void stage_read() {
-        __syncwarp();
-        free++;
-        order();
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
+        if (load_unit >= load_units) next_map();
     }
 
     // Go on to the next block of keys that this program reads.
@@ -420,12 +362,8 @@ struct Program {
 #pragma unroll
             for (int i = 0; i < batch; i++) v[i] = make_uint4(0, 0, 0, 0);
             bool waits = true;
-            // A few words first, where there are many: reading all of them again and again keeps others from theirs.
-            if (SENTINEL && base == 0)
-                while (!is_there(load_words(from + 4 * min(thread & ~31, COUNT / 4 - 1)), epoch)) order();
             while (waits) {
                 waits = false;
-                order();
 #pragma unroll
                 for (int i = 0; i < batch; i++) {
                     int quarter = thread + (base + i) * THREADS;
@@ -487,12 +425,30 @@ struct Program {
         return rsqrtf(total * (1.0f / DIM) + eps);
     }
 
+    // Note that a stage has been read. Ordering the next takes time, so the first HOLD wait for `fill`.
+    __device__ __forceinline__ void stage_read() {
+        __syncwarp();
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+        if (++to_fill < HOLD) return;
+        if (lane == 0) load_next();
+        to_fill--;
+    }
+    __device__ __forceinline__ void fill() {
+        __syncwarp();
+        if (lane == 0)
+            for (; to_fill > 0; to_fill--) load_next();
+        to_fill = 0;
+    }
+
     // This warp's units of a map of the row: give(unit, first, second) with both rows' sums, in eight lanes that differ
     // in `lane % 8`. The row stays in registers, and the sums of several units are taken across the warp together.
     template <class Give>
     __device__ __forceinline__ void multiply(int index, Give give) {
         constexpr int turns = (DIM + 255) / 256, chunk_turns = CHUNK / 256;
-        const Span span = span_of(s.maps[index]);
+        const int units = s.maps[index].units;
         float x[turns][8];
 #pragma unroll
         for (int i = 0; i < turns; i++) {
@@ -502,17 +458,17 @@ struct Program {
             x[i][0] = a.x, x[i][1] = a.y, x[i][2] = a.z, x[i][3] = a.w;
             x[i][4] = b.x, x[i][5] = b.y, x[i][6] = b.z, x[i][7] = b.w;
         }
-        for (int unit = span.unit; unit < span.end; unit += TOGETHER) {
+        for (int unit = first_unit(index); unit < units; unit += TOGETHER * WARPS * ctas) {
             float one[TOGETHER], two[TOGETHER];
 #pragma unroll
             for (int u = 0; u < TOGETHER; u++) {
                 one[u] = two[u] = 0.0f;
-                if (unit + u >= span.end) continue;
+                if (unit + u * WARPS * ctas >= units) continue;
                 float sums[4] = {};
 #pragma unroll
                 for (int chunk = 0; chunk < (DIM + CHUNK - 1) / CHUNK; chunk++) {
                     const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
-                    await_stage();
+                    barrier_wait(s.full + warp * STAGES + stage, parity);
 #pragma unroll
                     for (int i = 0; i < chunk_turns; i++) {
                         int turn = chunk * chunk_turns + i;
@@ -544,7 +500,9 @@ struct Program {
                 one[0] += shuffle_xor(one[0], mask);
                 two[0] += shuffle_xor(two[0], mask);
             }
-            if (unit + mine < span.end) give(unit + mine, one[0], two[0]);
+            int own = unit + mine * WARPS * ctas;
+            if (own < units) give(own, one[0], two[0]);
+            fill();
         }
         // The row may be overwritten now.
         __syncthreads();
@@ -553,15 +511,15 @@ struct Program {
     // The same for the map of the hidden numbers, of which a warp has few units: the row is read as it is needed.
     template <class Give>
     __device__ __forceinline__ void multiply_hidden(int index, Give give) {
-        const Span span = span_of(s.maps[index]);
+        const int units = s.maps[index].units;
         const float4* first = (const float4*)s.row;
         const float4* second = (const float4*)(s.row + ROUNDED / 2);
-        for (int unit = span.unit; unit < span.end; unit++) {
+        for (int unit = first_unit(index); unit < units; unit += WARPS * ctas) {
             float sums[4] = {};
             for (int begin = 0; begin < HIDDEN; begin += CHUNK) {
                 const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
                 int count = min(CHUNK, HIDDEN - begin) / 8;
-                await_stage();
+                barrier_wait(s.full + warp * STAGES + stage, parity);
 #pragma unroll
                 for (int i = 0; i < CHUNK / 256; i++) {
                     int at = lane + 32 * i;
@@ -575,6 +533,7 @@ struct Program {
                 stage_read();
             }
             give(unit, warp_sum(sums[0] + sums[1]), warp_sum(sums[2] + sums[3]));
+            fill();
         }
         __syncthreads();
     }
@@ -597,10 +556,7 @@ struct Program {
         if (thread < 3 * WIDTH / 4) {
             int which = thread / (WIDTH / 4), quarter = thread % (WIDTH / 4);
             uint4 v = make_uint4(0, 0, 0, 0);
-            while (!is_there(v, epoch)) {
-                order();
-                v = load_words(from + which * DIM + 4 * quarter);
-            }
+            while (!is_there(v, epoch)) v = load_words(from + which * DIM + 4 * quarter);
             ((float4*)s.heads)[thread] = opened4(v);
         }
         __syncthreads();
@@ -685,7 +641,7 @@ struct Program {
             // The last ones are filled anew below, where the warps meet in any case.
             if (block + KV_STAGES < part.blocks) {
                 __syncthreads();
-                if (thread == THREADS - 1) kv_load_next();
+                if (thread == 0) kv_load_next();
             }
         }
         if (warp == 0 && lane < lanes && slot >= part.begin && slot < part.end) {
@@ -713,6 +669,8 @@ struct Program {
         }
         if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = mass;
         __syncthreads();
+        if (thread == 0)
+            for (int block = max(0, part.blocks - KV_STAGES); block < part.blocks; block++) kv_load_next();
         if (thread < WIDTH) {
             float largest = NOTHING, total = 0.0f, all = 0.0f;
 #pragma unroll
@@ -727,8 +685,6 @@ struct Program {
             if (thread < 2)
                 store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
         }
-        if (thread == THREADS - 1)
-            for (int block = max(0, part.blocks - KV_STAGES); block < part.blocks; block++) kv_load_next();
         __syncthreads();
     }
 
@@ -746,7 +702,6 @@ struct Program {
             bool waits = true;
             while (waits) {
                 waits = false;
-                order();
 #pragma unroll
                 for (int i = 0; i < SPLITS; i++)
                     if (!is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
@@ -927,9 +882,7 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     p.slot = p.position % capacity;
     p.held = min(p.position + 1, capacity);
     p.eps = eps;
-    p.load_stage = p.load_left = p.stage = p.flying = p.flying_stage = 0;
-    p.free = STAGES;
-    p.flying_parity = 0;
+    p.load_stage = p.load_left = p.stage = p.to_fill = 0;
     p.load_map = -1;
     p.parity = p.kv_parity = 0;
     p.kv_layer = p.kv_block = p.kv_load_stage = p.kv_stage = 0;
@@ -938,12 +891,16 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     __syncthreads();
     if (p.thread == THREADS - 1) {
         for (int i = 0; i < NORMS; i++) p.load_next_norm();
+    }
+    if (p.lane == 0) {
+        p.next_map();
+        for (int i = 0; i < STAGES; i++) p.load_next();
+    }
+    if (p.thread == 0) {
         if (p.cta >= HEADS * SPLITS) p.kv_layer = LAYERS;
         p.kv_seek();
         for (int i = 0; i < KV_STAGES; i++) p.kv_load_next();
     }
-    if (p.lane == 0) p.next_map();
-    for (int i = 0; i < STAGES; i++) p.order();
     p.run();
     if (p.thread == 0) {
         u32 ended = atomicAdd(state + 1, 1u);

@@ -42,10 +42,7 @@ ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_fl
 """The types of the kernel's arguments."""
 
 _MAP = np.dtype(
-    [
-        ("weight", np.uint64),
-        *((name, np.int32) for name in ("units", "inputs", "gated", "each", "extra", "before")),
-    ]
+    [("weight", np.uint64), ("units", np.int32), ("inputs", np.int32), ("gated", np.int32), ("before", np.int32)]
 )
 _LAYER = np.dtype(
     [
@@ -60,23 +57,6 @@ _LAYER = np.dtype(
         ("unused", np.int32),
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manner:
-    """How a stack goes about it, which changes nothing of what it computes but the order of sums."""
-
-    in_flight: int
-    """Stages of a program that are under way at once."""
-    together: int
-    """Units of a warp whose sums are taken together: a power of two."""
-    sentinel: bool
-    """Whether programs look at few words of a row before they read all."""
-
-
-_NARROW = Manner(in_flight=8, together=4, sentinel=False)
-_WIDE = Manner(in_flight=12, together=2, sentinel=True)
-"""How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +75,6 @@ class Sizes:
     is_bfloat16: bool
     tap: int = -1
     """The layer whose output is kept besides the last's; -1 for none."""
-    manner: Manner
     warps: int = _WARPS
 
     @property
@@ -133,9 +112,6 @@ class Sizes:
             "WARPS": self.warps,
             "STAGES": self.stages,
             "TAP": self.tap,
-            "IN_FLIGHT": self.manner.in_flight,
-            "TOGETHER": self.manner.together,
-            "SENTINEL": int(self.manner.sentinel),
             "BFLOAT16": int(self.is_bfloat16),
         }
 
@@ -221,8 +197,8 @@ class Parts:
 class StackTables:
     """What the kernel reads and writes besides the token: where weights and caches lie, and what programs exchange."""
 
-    def __init__(self, parts: Parts, manner: Manner | None = None) -> None:
-        """Point to weights and caches as they lie; the manner is the usual one where it is None."""
+    def __init__(self, parts: Parts) -> None:
+        """Point to weights and caches as they lie."""
         first = parts.blocks[0]
         self.parts = parts
         weight = first.query_key_value
@@ -240,7 +216,6 @@ class StackTables:
             layers=layers,
             is_bfloat16=weight.dtype == torch.bfloat16,
             tap=parts.tap,
-            manner=manner or (_WIDE if dim > _CHUNK else _NARROW),
         )
         self.eps = first.attention_norm.eps
         words = 2 * self.sizes.layer_words
@@ -275,10 +250,8 @@ class StackTables:
         def add(weight: Tensor, *, gated: bool = False) -> None:
             nonlocal index, before
             units = len(weight) // 2
-            each, extra = divmod(units, programs * self.sizes.warps)
-            table[index] = (weight.data_ptr(), units, weight.shape[1], gated, each, extra, before)
-            # The warps with a unit more are others in the next map.
-            index, before = index + 1, (before + extra) % (programs * self.sizes.warps)
+            table[index] = (weight.data_ptr(), units, weight.shape[1], gated, before)
+            index, before = index + 1, (before + units) % (programs * self.sizes.warps)
 
         for layer, block in enumerate(self.parts.blocks):
             cross = self.parts.crosses.get(layer)
@@ -327,17 +300,7 @@ class ResidentStack:
     def __init__(self, parts: Parts) -> None:
         """Nothing is compiled before the first call."""
         self._parts = parts
-        self._manner: Manner | None = None
         self._tables: StackTables | None = None
-
-    def take(self, manner: Manner) -> None:
-        """Go about it so from now on."""
-        self._manner, self._tables = manner, None
-
-    def compiled(self, manner: Manner) -> None:
-        """Compile what a manner needs, ahead of the first call."""
-        tables = StackTables(self._parts, manner)
-        _kernel(tables.sizes, tables.device.index)
 
     def __call__(self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None) -> Tensor:
         """Run one token.
@@ -354,7 +317,7 @@ class ResidentStack:
             [1, dim].
         """
         if self._tables is None or not self._tables.is_current():
-            self._tables = StackTables(self._parts, self._manner)
+            self._tables = StackTables(self._parts)
         tables = self._tables
         programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
         # Every program has to have a unit of every gated map.
