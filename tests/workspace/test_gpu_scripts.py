@@ -71,6 +71,13 @@ def test_matvec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(str(row["us"])) > 0 for row in rows)
 
 
+def test_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needs a GPU of compute capability 9; elsewhere it says so by having no rows."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    importlib.import_module("tools.bench.gpu.resident").main(["--tiny"])
+    assert json.loads((tmp_path / "resident.json").read_text())["rows"] == []
+
+
 def test_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLT_SAMPLE", str(tmp_path))  # holds no Parquet file: made up text
     rows = {str(row["stage"]): row for row in recorded("real_run", [], tmp_path, monkeypatch)}

@@ -22,6 +22,7 @@ SHARES = {
     "cross_attention": 20.0,
     "training_step": 170.0,
     "entropy_job": 80.0,
+    "resident": 25.0,
     "generation": 80.0,
     "real_run": 150.0,
 }
