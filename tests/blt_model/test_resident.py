@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blt_model import TransformerConfig
 from blt_model.caches import AttentionCache
+from blt_model.errors import ModelError
 from blt_model.generation import resident
 from blt_model.generation.resident import Parts, ResidentStack, StackTables, Tap
 from blt_model.generation.steps import BlockStep, CrossStep, Norm
@@ -192,23 +193,20 @@ def check(stack: Stack, position: int, run: Callable[[Tensor, Tap | None], Tenso
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 CASES = [
     # Over the end of the window and with several launches, whose programs differ in number.
-    (SMALL, (0, 2), 22, (2, 3, 1, 2)),
-    (FIRST, (), 0, (2,)),
-    (CHUNKS, (), 7, (2,)),
+    (SMALL, torch.float16, (0, 2), 22, (2, 3, 1, 2)),
+    (FIRST, torch.float16, (), 0, (2,)),
+    (CHUNKS, torch.bfloat16, (), 7, (2,)),
     # Parts of several blocks of keys, and a row of several chunks.
-    (WIDE, (), 400, (3,)),
+    (WIDE, torch.bfloat16, (), 400, (3,)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), zip(CASES, (torch.float16, torch.float16, torch.bfloat16, torch.bfloat16), strict=True)
-)
+@pytest.mark.parametrize("case", CASES)
 def test_equals_blocks_in_float64(
     emulator: Emulator,
-    case: tuple[TransformerConfig, tuple[int, ...], int, tuple[int, ...]],
-    dtype: torch.dtype,
+    case: tuple[TransformerConfig, torch.dtype, tuple[int, ...], int, tuple[int, ...]],
 ) -> None:
-    config, crossed, position, launches = case
+    config, dtype, crossed, position, launches = case
     stack = Stack(config, dtype, "cpu", crossed=crossed)
     stack.fill(position)
     tables = StackTables(stack.parts())
@@ -224,7 +222,7 @@ LATENT = TransformerConfig(dim=2048, num_layers=3, num_heads=16, ffn_dim=5632)
 LOCAL = TransformerConfig(dim=1024, num_layers=3, num_heads=16, ffn_dim=2816, window=512)
 ENTROPY = TransformerConfig(dim=768, num_layers=3, num_heads=12, ffn_dim=2048, window=512)
 ON_CUDA = [
-    *((config, crossed, position) for config, crossed, position, _ in CASES),
+    *((config, crossed, position) for config, _, crossed, position, _ in CASES),
     (LATENT, (), 0),
     (LATENT, (), 300),
     (LATENT, (), 2_000),
@@ -232,6 +230,18 @@ ON_CUDA = [
     (LOCAL, (0, 2), 511),
     (ENTROPY, (), 5_000),
 ]
+
+
+def test_compiles_for_hopper() -> None:
+    """By NVRTC, which needs no GPU, at the sizes of the presets."""
+    if not resident.compiles_for(90):
+        pytest.skip("this NVRTC is not at hand, or knows no Hopper")
+    for config, crossed in ((LATENT, ()), (LOCAL, (0, 1, 2)), (ENTROPY, ())):
+        sizes = StackTables(Stack(config, torch.bfloat16, "cpu", crossed=crossed).parts()).sizes
+        assert resident.compiled(sizes, 90).startswith(b"\x7fELF")
+    with pytest.raises(ModelError, match="NVRTC cannot compile"):
+        resident.compiled(replace(sizes, layers=10_000), 90)
+    assert not resident.compiles_for(1)
 
 
 @pytest.mark.skipif(not resident.available(torch.device(DEVICE)), reason="needs a GPU of compute capability 9")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -159,16 +158,23 @@ def fits(config: TransformerConfig) -> bool:
 
 def available(device: torch.device) -> bool:
     """Whether the kernel can be compiled and run on a device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda":
         return False
-    return all(map(_has_module, ("cuda.bindings.driver", "cuda.bindings.nvrtc")))
+    major, minor = torch.cuda.get_device_capability(device)
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return major >= 9 and room >= _MOST_SHARED and compiles_for(10 * major + minor)
 
 
-def _has_module(name: str) -> bool:
+@functools.cache
+def compiles_for(architecture: int) -> bool:
+    """Whether NVRTC is at hand and knows an architecture, as 90 for compute capability 9.0."""
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
+        from cuda.bindings import nvrtc
+
+        error, known = nvrtc.nvrtcGetSupportedArchs()
+    except (ImportError, RuntimeError):
         return False
+    return int(error) == 0 and architecture in known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,21 +351,11 @@ def _launch(
 @functools.cache
 def _kernel(sizes: Sizes, device: int) -> tuple[Any, int]:
     """The kernel, loaded on a device, and its bytes of shared memory."""
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in sizes.macros().items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source().encode(), b"resident.cu", 0, [], []))
-    outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    if int(outcome[0]) != 0:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise ModelError(f"NVRTC cannot compile the kernel of resident stacks: {log.decode(errors='replace')}")
-    image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, image))
     with torch.cuda.device(device):
-        module = _checked(driver.cuModuleLoadData(image))
+        module = _checked(driver.cuModuleLoadData(compiled(sizes, 10 * major + minor)))
         function = _checked(driver.cuModuleGetFunction(module, b"resident_stack"))
         bytes_pointer, _ = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
         shared = ctypes.c_int()
@@ -367,6 +363,37 @@ def _kernel(sizes: Sizes, device: int) -> tuple[Any, int]:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared.value))
     return function, shared.value
+
+
+def compiled(sizes: Sizes, architecture: int) -> bytes:
+    """The kernel's machine code.
+
+    Args:
+        sizes: what it is for.
+        architecture: as 90 for compute capability 9.0.
+
+    Returns:
+        A CUBIN, which is an ELF file.
+
+    Raises:
+        ModelError: NVRTC does not take it; with its reasons.
+    """
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in sizes.macros().items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source().encode(), b"resident.cu", 0, [], []))
+    try:
+        outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if int(outcome[0]) != 0:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise ModelError(f"NVRTC cannot compile the kernel of resident stacks: {log.decode(errors='replace')}")
+        image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return image
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
