@@ -19,6 +19,8 @@ import torch
 from blt_train.hardware import peak_flops_of
 
 Row: TypeAlias = dict[str, Any]
+REPLAYS = 10
+"""Of a graph between two waits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +96,26 @@ def median_seconds(function: Callable[[], object], device: torch.device, *, repe
         if repeat >= warmup:
             times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def replayed_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, from a replayed graph on CUDA."""
+    if device.type != "cuda":
+        return median_seconds(function, device, repeats=1, warmup=0)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def replay() -> None:
+        for _ in range(REPLAYS):
+            graph.replay()
+
+    return median_seconds(replay, device, repeats=7) / REPLAYS
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 31) -> float:

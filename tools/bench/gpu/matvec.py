@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
-from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, median_seconds, report, settings
+from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, replayed_seconds, report, settings
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 LIMIT = 1e-2
 LEAST_BYTES = 250_000_000
 """Of the matrices of a graph, several times the level 2 cache."""
-REPLAYS = 10
-"""Of a graph between two waits."""
 EPS = 1e-5
 
 
@@ -175,26 +173,6 @@ def has_kernels(run: Settings) -> bool:
     return run.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def seconds_of(function: Callable[[], object], run: Settings) -> float:
-    """Seconds of a call, from a replayed graph on CUDA."""
-    if run.device.type != "cuda":
-        return median_seconds(function, run.device, repeats=1, warmup=0)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-
-    def replay() -> None:
-        for _ in range(REPLAYS):
-            graph.replay()
-
-    return median_seconds(replay, run.device, repeats=5) / REPLAYS
-
-
 @contextmanager
 def independent() -> Iterator[None]:
     """Let kernels wait until those before them have ended, and begin then."""
@@ -276,7 +254,11 @@ def map_rows(one: Map, run: Settings, bandwidth: float) -> list[Row]:
         }
         return {**row, "error": error, "ok": error is None or error < LIMIT}
 
-    rows = [figures("torch, map only", seconds_of(lambda: [problem.plain(w) for w in problem.weights], run), None)]
+    rows = [
+        figures(
+            "torch, map only", replayed_seconds(lambda: [problem.plain(w) for w in problem.weights], run.device), None
+        )
+    ]
     if not has_kernels(run):
         return rows
     shapes, wanted = candidates(one), problem.expected(first)
@@ -286,9 +268,11 @@ def map_rows(one: Map, run: Settings, bandwidth: float) -> list[Row]:
             rows.append({"case": one.name, "shape": name, "ok": False, "failure": failure})
             continue
         error = relative(problem.call(first, shape), wanted)
-        rows.append(figures(name, seconds_of(lambda s=shape: problem.chain(s), run), error))  # type: ignore[misc]  # mypy knows no type of s
+        rows.append(figures(name, replayed_seconds(lambda s=shape: problem.chain(s), run.device), error))  # type: ignore[misc]  # mypy knows no type of s
     with independent():
-        rows.append(figures("usual, one after another", seconds_of(lambda: problem.chain(None), run), None))
+        rows.append(
+            figures("usual, one after another", replayed_seconds(lambda: problem.chain(None), run.device), None)
+        )
     return sorted(rows, key=lambda row: row.get("us", 0.0))
 
 
@@ -315,7 +299,7 @@ def chain_rows(name: str, maps: Sequence[Map], run: Settings, bandwidth: float) 
     rows: list[Row] = []
 
     def measure(label: str, shapes: Sequence[LinearShape | None]) -> None:
-        seconds = seconds_of(lambda: block_chain(problems, shapes), run)
+        seconds = replayed_seconds(lambda: block_chain(problems, shapes), run.device)
         figures = {"us": 1e6 * seconds / (4 * layers), "of_copy": size / seconds / bandwidth}
         rows.append({"case": f"chain/{name}", "shape": label, **figures, "ok": True})
 

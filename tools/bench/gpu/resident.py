@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, median_seconds, report, settings
+from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, replayed_seconds, report, settings
 from torch import Tensor
 
 from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, preset
@@ -31,7 +31,6 @@ from blt_model.generation.resident import Parts, Programs, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps
 
 LIMIT = 2e-2
-REPLAYS = 10
 POSITIONS = {"latent": (250, 2_000), "decoder": (1_000,), "entropy": (1_000,)}
 
 
@@ -109,29 +108,11 @@ def problems(run: Settings) -> tuple[dict[str, Problem], Programs]:
     return made, Programs.of(run.device, model, lm)
 
 
-def seconds_of(function: Callable[[], object], run: Settings) -> float:
-    """Seconds of a call, from a replayed graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-
-    def replay() -> None:
-        for _ in range(REPLAYS):
-            graph.replay()
-
-    return median_seconds(replay, run.device, repeats=7) / REPLAYS
-
-
 def figures(
     name: str, ours: Callable[[], object], reference: Callable[[], object], size: int, run: Settings, bandwidth: float
 ) -> Row:
     """Of both forms."""
-    times = seconds_of(ours, run), seconds_of(reference, run)
+    times = replayed_seconds(ours, run.device), replayed_seconds(reference, run.device)
     return {
         "case": name,
         "ours_us": 1e6 * times[0],
