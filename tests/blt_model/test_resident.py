@@ -232,6 +232,20 @@ ON_CUDA = [
 ]
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    """Widths that leave rings no room for two stages would have warps wait for ever."""
+    with torch.device("meta"):
+        small, huge = (
+            Stack(config, torch.bfloat16, "meta", crossed=()).parts()
+            for config in (LATENT, TransformerConfig(dim=8192, num_layers=1, num_heads=64, ffn_dim=28_672))
+        )
+    assert small.fit()
+    assert not huge.fit()
+    assert huge.sizes().stages < 2
+    odd = replace(SMALL, num_heads=8, num_kv_heads=4)
+    assert not resident.fits(odd)
+
+
 def test_compiles_for_hopper() -> None:
     """By NVRTC, which needs no GPU, at the sizes of the presets."""
     if not resident.compiles_for(90):

@@ -163,8 +163,8 @@ def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:
 def resident_stack(parts: Parts) -> ResidentStack | None:
     """The form of a stack in one launch; None where the caches have several rows or the device cannot."""
     first = parts.caches[0]
-    fits = first.rows == 1 and resident.available(first.keys.device)
-    return ResidentStack(parts) if fits and all(resident.fits(cache.config) for cache in parts.caches) else None
+    can = first.rows == 1 and resident.available(first.keys.device) and parts.fit()
+    return ResidentStack(parts) if can else None
 
 
 class PatchKeys:

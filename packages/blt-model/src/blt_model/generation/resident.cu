@@ -209,6 +209,7 @@ struct Shared {
     alignas(16) float angles[WIDTH];   // the position's cosines and sines, in turn
 };
 
+static_assert(STAGES >= 2, "with one stage a warp would wait for what it has not ordered");
 static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for this");
 
 // For the host.

@@ -195,6 +195,26 @@ class Parts:
         """Where the caches lie, and their capacities."""
         return tuple((cache.keys.data_ptr(), cache.capacity) for cache in self.caches)
 
+    def sizes(self) -> Sizes:
+        """What the kernel is compiled for, as the caches are now."""
+        first, layers = self.blocks[0], len(self.blocks)
+        return Sizes(
+            dim=first.query_key_value.shape[1],
+            hidden=first.feed_forward_output.shape[1],
+            heads=first.num_heads,
+            width=first.head_dim,
+            splits=4 if self.caches[0].capacity <= _LONG else 8,
+            vectors=0 if self.patch is None else self.patch[0].shape[3],
+            maps=4 * layers + 2 * len(self.crosses),
+            layers=layers,
+            is_bfloat16=first.query_key_value.dtype == torch.bfloat16,
+            tap=self.tap,
+        )
+
+    def fit(self) -> bool:
+        """Whether the kernel can run the stack: its shape, and room for rings of two stages."""
+        return all(fits(cache.config) for cache in self.caches) and self.sizes().stages >= 2
+
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Of every block."""
         return [pair for cache in self.caches for pair in zip(cache.keys, cache.values, strict=True)]
@@ -210,19 +230,7 @@ class StackTables:
         weight = first.query_key_value
         self.device = weight.device
         self.rotary, self.capacity = parts.caches[0].rotary, parts.caches[0].capacity
-        dim, layers = weight.shape[1], len(parts.blocks)
-        self.sizes = Sizes(
-            dim=dim,
-            hidden=first.feed_forward_output.shape[1],
-            heads=first.num_heads,
-            width=first.head_dim,
-            splits=4 if self.capacity <= _LONG else 8,
-            vectors=0 if parts.patch is None else parts.patch[0].shape[3],
-            maps=4 * layers + 2 * len(parts.crosses),
-            layers=layers,
-            is_bfloat16=weight.dtype == torch.bfloat16,
-            tap=parts.tap,
-        )
+        self.sizes = parts.sizes()
         self.eps = first.attention_norm.eps
         words = 2 * self.sizes.layer_words
         self.exchange = torch.zeros(words, dtype=torch.int32, device=self.device)
