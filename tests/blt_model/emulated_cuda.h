@@ -198,20 +198,25 @@ inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) {
     at.arrived = true;
     at.expected = bytes;
 }
-inline void barrier_wait(unsigned long long* barrier, uint32_t parity) {
+// Whether a phase has ended; copies that could land do, in some of the tests.
+inline bool barrier_test(unsigned long long* barrier, uint32_t parity, int chance = 4) {
     emulated::Barrier& at = emulated::barriers.at(barrier);
-    while (at.phase == parity) {
-        uint32_t bytes = 0;
-        for (auto& copy : at.copies) bytes += copy.bytes;
-        if (!at.arrived || bytes != at.expected) {
-            emulated::yield();
-            continue;
-        }
-        for (auto& copy : at.copies) std::memcpy(copy.to, copy.from, copy.bytes);
-        at.copies.clear();
-        at.arrived = false;
-        at.phase ^= 1;
-        emulated::steps++;
+    if (at.phase != parity) return true;
+    uint32_t bytes = 0;
+    for (auto& copy : at.copies) bytes += copy.bytes;
+    if (!at.arrived || bytes != at.expected || emulated::random_numbers() % chance != 0) {
+        emulated::yield();
+        return at.phase != parity;
+    }
+    for (auto& copy : at.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    at.copies.clear();
+    at.arrived = false;
+    at.phase ^= 1;
+    emulated::steps++;
+    return true;
+}
+inline void barrier_wait(unsigned long long* barrier, uint32_t parity) {
+    while (!barrier_test(barrier, parity, 1)) {
     }
 }
 inline unsigned long long once_policy() { return 0; }

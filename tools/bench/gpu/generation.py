@@ -2,11 +2,14 @@
 
     python -m tools.bench.gpu.generation
     python -m tools.bench.gpu.generation --cases rows1/ --budget 60
+    python -m tools.bench.gpu.generation --profile --cases rows1/context1000
 
 `blt-1b` with `entropy-100m`, random weights in bfloat16, patches of four bytes, CUDA graphs. The floor is the weights
 that must be read for one byte (entropy model, encoder, decoder; latent transformer and all that happens once a patch
 divided by the patch length) and the keys and values that attention must read, over the bandwidth of a large copy
 measured here. Steps only: the prompt's own forward is reported apart. The last line is JSON.
+
+With `--profile` it prints the kernels of one case instead, by torch's profiler, in microseconds a byte.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, report, settings, wait
+from tools.bench.gpu.profiles import kernels_of
 from tools.bench.gpu.texts import documents
 from torch import nn
 
@@ -80,17 +84,43 @@ def make_models(run: Settings) -> tuple[BLT, ByteLM]:
     return model, lm
 
 
-def measure(model: BLT, lm: ByteLM, rows: int, prompt_bytes: int, run: Settings, bandwidth: float) -> Row:
-    """Figures of one batch size and context."""
+def generator_of(model: BLT, lm: ByteLM, rows: int) -> Generator:
+    """What makes patches of PATCH_LENGTH bytes."""
     scheme = EntropyScheme(threshold=100.0, max_patch_length=PATCH_LENGTH)
-    generator = Generator(
+    return Generator(
         model, new_patcher=lambda: IncrementalPatcher(scheme), entropy_model=lm, rows=rows, prefill_tokens=65_536
     )
+
+
+def requests_of(rows: int, prompt_bytes: int, new_bytes: int) -> list[Request]:
+    """Texts of equal lengths."""
     texts = b"\n".join(documents((prompt_bytes + 8) * rows))
     prompts = [texts[row * prompt_bytes : (row + 1) * prompt_bytes] for row in range(rows)]
+    return [Request(prompt=prompt, max_new_bytes=new_bytes) for prompt in prompts]
+
+
+def profile(model: BLT, lm: ByteLM, rows: int, prompt_bytes: int, run: Settings) -> list[Row]:
+    """The kernels of some whole patches."""
+    new_bytes, warm = 160 * PATCH_LENGTH, 24 * PATCH_LENGTH
+    requests = requests_of(rows, prompt_bytes, new_bytes)
+    events = (event for _, event in generator_of(model, lm, rows).events(requests) if isinstance(event, bytes))
+    taken = 0
+
+    def take(count: int) -> None:
+        nonlocal taken
+        while taken < count * rows:
+            taken += len(next(events))
+
+    take(warm)
+    found = kernels_of(lambda: take(warm + 100 * PATCH_LENGTH), run.device, of=100 * PATCH_LENGTH)
+    return [{"case": f"rows{rows}/context{prompt_bytes}", **row} for row in found]
+
+
+def measure(model: BLT, lm: ByteLM, rows: int, prompt_bytes: int, run: Settings, bandwidth: float) -> Row:
+    """Figures of one batch size and context."""
     new_bytes = 12 if run.tiny else 400 if rows == 1 else 160
     warm = 8 if run.tiny else 48
-    requests = [Request(prompt=prompt, max_new_bytes=new_bytes) for prompt in prompts]
+    generator, requests = generator_of(model, lm, rows), requests_of(rows, prompt_bytes, new_bytes)
     started = time.perf_counter()
     count, seconds, measured, prefill = 0, 0.0, 0, 0.0
     for _, event in generator.events(requests):
@@ -119,17 +149,20 @@ def measure(model: BLT, lm: ByteLM, rows: int, prompt_bytes: int, run: Settings,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cases for which there is time."""
-    run = settings(__doc__, arguments, budget=90)
+    run = settings(__doc__, arguments, budget=90, switches={"profile": "Print the kernels of a byte."})
     bandwidth = copy_bandwidth(run.device)
     model, lm = make_models(run)
     rows: list[Row] = []
     for batch, prompt in TINY_CASES if run.tiny else CASES:
         if run.wants(f"rows{batch}/context{prompt}"):
-            rows.append(measure(model, lm, batch, prompt, run, bandwidth))
+            if "profile" in run.switches:
+                rows += profile(model, lm, batch, prompt, run)
+            else:
+                rows.append(measure(model, lm, batch, prompt, run, bandwidth))
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
     facts: dict[str, Any] = {"patch_length": PATCH_LENGTH, "copy_bandwidth": bandwidth}
-    report("generation", run, rows, **facts)
+    report("generation_profile" if "profile" in run.switches else "generation", run, rows, **facts)
 
 
 if __name__ == "__main__":

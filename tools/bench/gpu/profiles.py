@@ -79,5 +79,37 @@ def time_by_kind(function: Callable[[], object], device: torch.device, *, top: i
     return {**result, "idle": max(0.0, 1e3 * wall - sum(result.values()))}
 
 
+def kernels_of(function: Callable[[], object], device: torch.device, *, of: int = 1) -> list[dict[str, Any]]:
+    """Every kernel of a call, the longest together first; empty off CUDA.
+
+    Args:
+        function: to call, once; whatever it needs to warm up is done.
+        device: on which it works.
+        of: how many times it does the same; figures are for one.
+
+    Returns:
+        Names, how often each ran, microseconds together, and the microseconds between the end of all that was begun
+        before it and its own begin; the last row is that sum for all, and the span from the first to the last.
+    """
+    if device.type != "cuda":
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        wait(device)
+    events = sorted((e for e in profile.events() or () if _is_kernel(e)), key=lambda event: event.time_range.start)
+    rows: dict[str, dict[str, Any]] = {}
+    end = events[0].time_range.start
+    for event in events:
+        row = rows.setdefault(event.name, {"kernel": event.name[:60], "runs": 0.0, "us": 0.0, "idle_before_us": 0.0})
+        row["runs"] += 1 / of
+        row["us"] += event.device_time_total / of
+        row["idle_before_us"] += max(0.0, event.time_range.start - end) / of
+        end = max(end, event.time_range.end)
+    found = sorted(rows.values(), key=lambda row: -row["us"])
+    idle = sum(row["idle_before_us"] for row in found)
+    span = (end - events[0].time_range.start) / of
+    return [*found, {"kernel": "from first to last", "us": span, "idle_before_us": idle}]
+
+
 def _is_kernel(event: Any) -> bool:
     return bool(event.device_type.name == "CUDA" and not event.name.startswith("ProfilerStep"))

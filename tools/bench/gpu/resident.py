@@ -2,10 +2,19 @@
 
     python -m tools.bench.gpu.resident
     python -m tools.bench.gpu.resident --cases latent
+    python -m tools.bench.gpu.resident --tune
+    python -m tools.bench.gpu.resident --stamps
 
 - *latent*, *decoder*, *entropy*: the stacks of `blt-1b` (the decoder with its cross-attention) and `entropy-100m`,
   alone on the GPU; *beside*: entropy model and decoder at once, each on a part of the multiprocessors.
 - *ours* is the resident stack, *reference* the kernels one after another, both with random weights in bfloat16.
+
+With `--tune` every manner of going about it is timed instead (see `blt_model.generation.resident.Manner`), compiled in
+threads first: *beside* for the stacks of narrow rows, *latent* for wide ones, and ways to divide the multiprocessors.
+
+With `--stamps` the programs note when they have ended each phase of a layer. Figures are medians, over all but the
+first layer, of microseconds: what a program takes for the phase, how long of that its first warp waits for weights, and
+how far apart programs end it.
 
 Figures are microseconds a run, and the share of the bandwidth of a large copy at which weights were read. Errors are of
 one form against the other. The last line is JSON. Exits with 1 if an error is beyond its limit. Needs compute
@@ -14,12 +23,15 @@ capability 9; elsewhere it measures nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
-from tools.bench.gpu.harness import Row, Settings, copy_bandwidth, replayed_seconds, report, settings
+from tools.bench.gpu.harness import REPLAYS, Row, Settings, copy_bandwidth, replayed_seconds, report, settings
 from torch import Tensor
 
 from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, preset
@@ -31,6 +43,7 @@ from blt_model.generation.resident import Parts, Programs, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, block_steps
 
 LIMIT = 2e-2
+SWITCHES = {"tune": "Time all manners.", "stamps": "Say where a layer's time goes."}
 POSITIONS = {"latent": (250, 2_000), "decoder": (1_000,), "entropy": (1_000,)}
 
 
@@ -123,9 +136,111 @@ def figures(
     }
 
 
+def positions(stacks: dict[str, Problem], run: Settings) -> dict[str, Tensor]:
+    """The first of every stack."""
+    return {name: torch.tensor([POSITIONS[name][0]], device=run.device) for name in stacks}
+
+
+def beside(stacks: dict[str, Problem], run: Settings, at: dict[str, Tensor], programs: tuple[int, int]) -> None:
+    """Entropy model and decoder at once, on so many multiprocessors."""
+    fork = Fork(run.device)
+    with fork.branch():
+        stacks["entropy"].resident(at["entropy"], programs[0])
+    stacks["decoder"].resident(at["decoder"], programs[1])
+    fork.join()
+
+
+def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> list[Row]:
+    """Where the time of a layer goes, of each stack alone and of two beside one another."""
+    at, rows = positions(stacks, run), []
+    for name, problem in stacks.items():
+        problem.stack.take(replace(problem.stack.manner, stamps=True))
+        for _ in range(REPLAYS):
+            problem.resident(at[name])
+        rows += phases(name, problem.stack, programs.all)
+    for _ in range(REPLAYS):
+        beside(stacks, run, at, (programs.entropy_model, programs.model))
+    rows += phases("entropy beside", stacks["entropy"].stack, programs.entropy_model)
+    rows += phases("decoder beside", stacks["decoder"].stack, programs.model)
+    return rows
+
+
+def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
+    """Times of all manners, the quickest first."""
+    ways = [
+        resident.Manner(in_flight=flying, together=together, sentinel=sentinel)
+        for together in (4, 2, 1)
+        for flying in (8, 12, 16, 24, 40)
+        for sentinel in (False, True)
+    ]
+    at = positions(stacks, run)
+
+    def take(manner: resident.Manner) -> None:
+        for problem in stacks.values():
+            problem.stack.take(manner)
+
+    jobs = [(problem, manner) for problem in stacks.values() for manner in ways]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: job[0].stack.compiled(job[1]), jobs))
+
+    rows: list[Row] = []
+
+    def measure(case: str, manner: resident.Manner, size: int, function: Callable[[], object]) -> None:
+        take(manner)
+        seconds = replayed_seconds(function, run.device)
+        rows.append(
+            {"case": case, **asdict(manner), "us": 1e6 * seconds, "of_copy": size / seconds / bandwidth, "ok": True}
+        )
+
+    def best(case: str) -> resident.Manner:
+        rows.sort(key=lambda row: (row["case"], row["us"]))
+        first = next(row for row in rows if row["case"] == case)
+        return resident.Manner(**{name: first[name] for name in ("in_flight", "together", "sentinel")})
+
+    size = stacks["entropy"].bytes + stacks["decoder"].bytes
+    for manner in ways:
+        measure("latent", manner, stacks["latent"].bytes, lambda: stacks["latent"].resident(at["latent"]))
+        measure("beside/58", manner, size, partial(beside, stacks, run, at, (58, everything - 58)))
+    for own in range(44, 76, 4):
+        measure(
+            f"beside/{own} of the best",
+            best("beside/58"),
+            size,
+            partial(beside, stacks, run, at, (own, everything - own)),
+        )
+    best("latent")
+    return rows
+
+
+def phases(case: str, stack: ResidentStack, programs: int) -> list[Row]:
+    """What the stamps of a stack's last launch say."""
+    kept = stack.stamps(programs).astype(np.float64)
+    kept = kept[:, kept[-1, :, 0, 0] > 0]
+    names = [name for name, stamp in zip(resident.PHASES, stack.stamps(1)[-1, :, 0, 0], strict=True) if stamp > 0]
+    layers, count = kept.shape[:2]
+    ends, cycles, waited = (kept[..., index].reshape(layers * count, programs) for index in range(3))
+    scale = (ends[-1] - ends[0]).mean() / (cycles[-1] - cycles[0]).mean() / 1e3
+    rows: list[Row] = []
+    for phase, name in enumerate(names):
+        at = np.arange(count + phase, layers * count, count)
+        rows.append(
+            {
+                "case": case,
+                "phase": name,
+                "us": float(np.median(cycles[at] - cycles[at - 1])) * scale,
+                "waits_us": float(np.median((waited[at] - waited[at - 1]).mean(axis=1))) * scale,
+                "apart_us": float(np.median(np.ptp(ends[at], axis=1))) / 1e3,
+                "handed_us": float(np.median(ends[at].min(axis=1) - ends[at - 1].max(axis=1))) / 1e3,
+                "ok": True,
+            }
+        )
+    a_layer = float((ends[-1].max() - ends[count - 1].max()) / (layers - 1)) / 1e3
+    return [*rows, {"case": case, "phase": "a layer", "us": a_layer, "ok": True}]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cases for which there is time."""
-    run = settings(__doc__, arguments, budget=60)
+    run = settings(__doc__, arguments, budget=60, switches=SWITCHES)
     if not resident.available(run.device):
         report("resident", run, [], copy_bandwidth=None)
         return
@@ -134,6 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     with torch.no_grad():
         stacks, programs = problems(run)
+        if "tune" in run.switches:
+            report("resident_tune", run, tune(stacks, run, bandwidth, programs.all), copy_bandwidth=bandwidth)
+            return
+        if "stamps" in run.switches:
+            report("resident_stamps", run, stamps(stacks, run, programs), copy_bandwidth=bandwidth)
+            return
         for name, problem in stacks.items():
             for position in POSITIONS[name]:
                 case = f"{name}/{position}"
@@ -146,24 +267,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row["error"] = float((found - wanted).norm() / wanted.norm())
                 row["ok"] = row["error"] < LIMIT
                 rows.append(row)
-        at = torch.tensor([1_000], device=run.device)
+        at_first = positions(stacks, run)
         lm, decoder = stacks["entropy"], stacks["decoder"]
 
-        def both(one: Callable[[], object], other: Callable[[], object]) -> None:
+        def apart() -> None:
             fork = Fork(run.device)
             with fork.branch():
-                one()
-            other()
+                lm.one_by_one(at_first["entropy"])
+            decoder.one_by_one(at_first["decoder"])
             fork.join()
 
         for own in (own for own in sorted({programs.entropy_model, *range(40, 81, 8)}) if run.wants(f"beside/{own}")):
-
-            def together(own: int = own) -> None:
-                both(lambda: lm.resident(at, own), lambda: decoder.resident(at, programs.all - own))
-
-            def apart() -> None:
-                both(lambda: lm.one_by_one(at), lambda: decoder.one_by_one(at))
-
+            together = partial(beside, stacks, run, at_first, (own, programs.all - own))
             rows.append(figures(f"beside/{own}", together, apart, lm.bytes + decoder.bytes, run, bandwidth))
     report("resident", run, rows, copy_bandwidth=bandwidth, programs=programs.entropy_model)
     if not all(row["ok"] for row in rows):

@@ -15,7 +15,9 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   STAGES of a warp's ring, BFLOAT16 (0 for float16).
+//   STAGES of a warp's ring, IN_FLIGHT (stages of a program under way at once), TOGETHER (units of a warp whose sums
+//   are taken together, a power of two), SENTINEL (whether few words are looked at first), STAMPS (whether programs
+//   note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -31,15 +33,20 @@ typedef long long i64;
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define ROUNDED (((MOST + 7) / 8) * 8)
 #define NOTHING (-1e30f)     // the largest score of no keys
-// Units whose sums are taken together, and stages that may wait to be filled: as the ring has room for them.
-#define TOGETHER (DIM > 4096 ? 1 : DIM > CHUNK ? 2 : 4)
-#define HOLD (DIM > CHUNK ? 2 : TOGETHER < STAGES ? TOGETHER : STAGES)
+
+static_assert(IN_FLIGHT >= WARPS, "every warp needs a stage under way");
 
 // A linear map, by units of two rows that one warp takes: neighbours, or a gate and its value.
 struct Map {
     const u16* weight;
     int units, inputs, gated;
-    int before;  // units of all maps before it, modulo the number of warps
+    int each, extra;  // units of every warp, and how many warps have one more
+    int before;       // where the warps that have one more begin
+};
+
+// Units of a warp.
+struct Span {
+    int unit, end;
 };
 
 // A layer. What it does not have is null.
@@ -81,6 +88,16 @@ __device__ __forceinline__ void barriers_begun() { asm volatile("fence.proxy.asy
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return done;
 }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     asm volatile(
@@ -215,6 +232,15 @@ static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for
 // For the host.
 extern "C" __device__ const int shared_bytes = sizeof(Shared);
 
+// The phases of a layer, by what has been done at their ends.
+enum Phase { STREAM, CROSS_QUERIES, CROSS_READ, CROSSED, CROSSED_STREAM, HEADS_MADE, ATTENDED, ATTENTION, MIDDLE_MADE, MIDDLE,
+             HIDDEN_MADE, HIDDEN_TAKEN, END_MADE, PHASES };
+#if STAMPS
+#define MOST_PROGRAMS 256
+// Of every program: nanoseconds by a clock that all have, and in cycles the time and the wait for weights until then.
+extern "C" __device__ u64 stamps[LAYERS * PHASES * MOST_PROGRAMS * 3] = {};
+#endif
+
 // What of the keys one part of a head's attention reads.
 struct Part {
     int begin, end, blocks;
@@ -241,10 +267,13 @@ struct Program {
     int position, slot, held, capacity;
     float eps;
     // The warp's ring: what it loads next, and the stage that it reads next.
-    int load_map, load_unit, load_units, load_inputs, load_left, load_stage;
+    int load_map, load_units, load_inputs, load_left, load_stage;
     const u16* load_from;
-    i64 load_other, load_jump;  // to the other row, and from a unit's end to the next unit
-    int stage, to_fill;
+    i64 load_other, load_jump;  // to the other row, and from a row's end to the next unit
+    int free;                   // stages that wait to be filled
+    int flying, flying_stage;   // stages under way, and the oldest of them
+    u32 flying_parity;
+    int stage;
     u32 parity;
     // The same for keys and values, of the program as a whole.
     int kv_layer, kv_item, kv_block, kv_load_stage;
@@ -253,7 +282,19 @@ struct Program {
     // Norms by their place in the stack: the next to load and the next to read.
     int load_norm, norms_begun, norm;
 
+    u64 waited;  // for weights, in cycles, by the first thread
+
     __device__ Program(Shared& shared) : s(shared) {}
+
+    __device__ __forceinline__ void stamp(int layer, Phase phase) {
+#if STAMPS
+        if (thread != 0) return;
+        u64* at = stamps + ((layer * PHASES + phase) * MOST_PROGRAMS + cta) * 3;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(at[0]));
+        at[1] = clock64();
+        at[2] = waited;
+#endif
+    }
 
     // How often a layer's places have been used before, modulo 3, plus 1.
     __device__ __forceinline__ u32 epoch_of(int layer) {
@@ -263,10 +304,15 @@ struct Program {
 
     __device__ __forceinline__ u32* words(int layer, int at) { return exchange + layer % 2 * LAYER_WORDS + at; }
 
-    __device__ __forceinline__ int first_unit(int map) {
-        int warps = WARPS * ctas;
-        int unit = warp * ctas + cta - s.maps[map].before;
-        return unit < 0 ? unit + warps : unit;
+    // Neighbouring units go to one warp and to one program, so that few writes bring their words; where there are fewer
+    // units than warps, to as many programs as there are.
+    __device__ __forceinline__ Span span_of(const Map& map) {
+        int place = (map.each ? cta * WARPS + warp : warp * ctas + cta) - map.before;
+        if (place < 0) place += WARPS * ctas;
+        Span span;
+        span.unit = place * map.each + min(place, map.extra);
+        span.end = span.unit + map.each + (place < map.extra);
+        return span;
     }
 
     // Go on to the next map of which this warp has a unit.
@@ -274,35 +320,75 @@ struct Program {
         load_left = 0;
         while (++load_map < MAPS) {
             const Map& map = s.maps[load_map];
-            load_unit = first_unit(load_map);
-            if (load_unit >= map.units) continue;
+            Span span = span_of(map);
+            if (span.unit >= span.end) continue;
             int rows = map.gated ? 1 : 2;  // from a unit to the next
-            load_units = map.units;
+            load_units = span.end - span.unit;
             load_left = load_inputs = map.inputs;
-            load_from = map.weight + (i64)load_unit * rows * map.inputs;
+            load_from = map.weight + (i64)span.unit * rows * map.inputs;
             load_other = map.gated ? (i64)map.units * map.inputs : map.inputs;
-            load_jump = (i64)(rows * WARPS * ctas - 1) * map.inputs;
+            load_jump = (rows - 1) * map.inputs;
             return;
         }
     }
 
     // Begin to load a stage; for one lane.
     __device__ __forceinline__ void load_next() {
-        if (load_left == 0) return;
         int count = min(CHUNK, load_left), at = warp * STAGES + load_stage;
         u64* barrier = s.full + at;
         u16* to = s.ring + at * STAGE;
         barrier_expect(barrier, 4 * count);
-        bulk_copy(to, load_from, 2 * count, barrier, once);
-        bulk_copy(to + CHUNK, load_from + load_other, 2 * count, barrier, once);
+        if (count == CHUNK && load_other == CHUNK) {
+            bulk_copy(to, load_from, 4 * CHUNK, barrier, once);
+        } else {
+            bulk_copy(to, load_from, 2 * count, barrier, once);
+            bulk_copy(to + CHUNK, load_from + load_other, 2 * count, barrier, once);
+        }
         load_stage = load_stage + 1 == STAGES ? 0 : load_stage + 1;
         load_from += count;
         load_left -= count;
         if (load_left > 0) return;
-        load_unit += WARPS * ctas;
         load_from += load_jump;
         load_left = load_inputs;
-        if (load_unit >= load_units) next_map();
+        if (--load_units == 0) next_map();
+    }
+
+    // Order what this warp may order now; wherever it waits. So many stages at once keep memory busy; more would only
+    // stand in the queues in which the exchange's words stand too.
+    __device__ __forceinline__ void order() {
+        if (lane != 0) return;
+        if (free == 0 || load_left == 0) return;
+        while (flying > 0 && barrier_test(s.full + warp * STAGES + flying_stage, flying_parity)) {
+            flying--;
+            if (++flying_stage == STAGES) {
+                flying_stage = 0;
+                flying_parity ^= 1;
+            }
+        }
+        if (flying >= IN_FLIGHT / WARPS + (warp < IN_FLIGHT % WARPS)) return;
+        load_next();
+        flying++;
+        free--;
+    }
+
+    __device__ __forceinline__ void await_stage() {
+#if STAMPS
+        u64 begun = clock64();
+#endif
+        while (!barrier_test(s.full + warp * STAGES + stage, parity)) order();
+#if STAMPS
+        waited += clock64() - begun;
+#endif
+    }
+
+    __device__ __forceinline__ void stage_read() {
+        __syncwarp();
+        free++;
+        order();
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
     }
 
     // Go on to the next block of keys that this program reads.
@@ -363,8 +449,12 @@ struct Program {
 #pragma unroll
             for (int i = 0; i < batch; i++) v[i] = make_uint4(0, 0, 0, 0);
             bool waits = true;
+            // A few words first, where there are many: reading all of them again and again keeps others from theirs.
+            if (SENTINEL && base == 0)
+                while (!is_there(load_words(from + 4 * min(thread & ~31, COUNT / 4 - 1)), epoch)) order();
             while (waits) {
                 waits = false;
+                order();
 #pragma unroll
                 for (int i = 0; i < batch; i++) {
                     int quarter = thread + (base + i) * THREADS;
@@ -426,30 +516,12 @@ struct Program {
         return rsqrtf(total * (1.0f / DIM) + eps);
     }
 
-    // Note that a stage has been read. Ordering the next takes time, so the first HOLD wait for `fill`.
-    __device__ __forceinline__ void stage_read() {
-        __syncwarp();
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-        if (++to_fill < HOLD) return;
-        if (lane == 0) load_next();
-        to_fill--;
-    }
-    __device__ __forceinline__ void fill() {
-        __syncwarp();
-        if (lane == 0)
-            for (; to_fill > 0; to_fill--) load_next();
-        to_fill = 0;
-    }
-
     // This warp's units of a map of the row: give(unit, first, second) with both rows' sums, in eight lanes that differ
     // in `lane % 8`. The row stays in registers, and the sums of several units are taken across the warp together.
     template <class Give>
     __device__ __forceinline__ void multiply(int index, Give give) {
         constexpr int turns = (DIM + 255) / 256, chunk_turns = CHUNK / 256;
-        const int units = s.maps[index].units;
+        const Span span = span_of(s.maps[index]);
         float x[turns][8];
 #pragma unroll
         for (int i = 0; i < turns; i++) {
@@ -459,17 +531,17 @@ struct Program {
             x[i][0] = a.x, x[i][1] = a.y, x[i][2] = a.z, x[i][3] = a.w;
             x[i][4] = b.x, x[i][5] = b.y, x[i][6] = b.z, x[i][7] = b.w;
         }
-        for (int unit = first_unit(index); unit < units; unit += TOGETHER * WARPS * ctas) {
+        for (int unit = span.unit; unit < span.end; unit += TOGETHER) {
             float one[TOGETHER], two[TOGETHER];
 #pragma unroll
             for (int u = 0; u < TOGETHER; u++) {
                 one[u] = two[u] = 0.0f;
-                if (unit + u * WARPS * ctas >= units) continue;
+                if (unit + u >= span.end) continue;
                 float sums[4] = {};
 #pragma unroll
                 for (int chunk = 0; chunk < (DIM + CHUNK - 1) / CHUNK; chunk++) {
                     const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
-                    barrier_wait(s.full + warp * STAGES + stage, parity);
+                    await_stage();
 #pragma unroll
                     for (int i = 0; i < chunk_turns; i++) {
                         int turn = chunk * chunk_turns + i;
@@ -501,9 +573,7 @@ struct Program {
                 one[0] += shuffle_xor(one[0], mask);
                 two[0] += shuffle_xor(two[0], mask);
             }
-            int own = unit + mine * WARPS * ctas;
-            if (own < units) give(own, one[0], two[0]);
-            fill();
+            if (unit + mine < span.end) give(unit + mine, one[0], two[0]);
         }
         // The row may be overwritten now.
         __syncthreads();
@@ -512,15 +582,15 @@ struct Program {
     // The same for the map of the hidden numbers, of which a warp has few units: the row is read as it is needed.
     template <class Give>
     __device__ __forceinline__ void multiply_hidden(int index, Give give) {
-        const int units = s.maps[index].units;
+        const Span span = span_of(s.maps[index]);
         const float4* first = (const float4*)s.row;
         const float4* second = (const float4*)(s.row + ROUNDED / 2);
-        for (int unit = first_unit(index); unit < units; unit += WARPS * ctas) {
+        for (int unit = span.unit; unit < span.end; unit++) {
             float sums[4] = {};
             for (int begin = 0; begin < HIDDEN; begin += CHUNK) {
                 const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
                 int count = min(CHUNK, HIDDEN - begin) / 8;
-                barrier_wait(s.full + warp * STAGES + stage, parity);
+                await_stage();
 #pragma unroll
                 for (int i = 0; i < CHUNK / 256; i++) {
                     int at = lane + 32 * i;
@@ -534,7 +604,6 @@ struct Program {
                 stage_read();
             }
             give(unit, warp_sum(sums[0] + sums[1]), warp_sum(sums[2] + sums[3]));
-            fill();
         }
         __syncthreads();
     }
@@ -557,7 +626,10 @@ struct Program {
         if (thread < 3 * WIDTH / 4) {
             int which = thread / (WIDTH / 4), quarter = thread % (WIDTH / 4);
             uint4 v = make_uint4(0, 0, 0, 0);
-            while (!is_there(v, epoch)) v = load_words(from + which * DIM + 4 * quarter);
+            while (!is_there(v, epoch)) {
+                order();
+                v = load_words(from + which * DIM + 4 * quarter);
+            }
             ((float4*)s.heads)[thread] = opened4(v);
         }
         __syncthreads();
@@ -642,7 +714,7 @@ struct Program {
             // The last ones are filled anew below, where the warps meet in any case.
             if (block + KV_STAGES < part.blocks) {
                 __syncthreads();
-                if (thread == 0) kv_load_next();
+                if (thread == THREADS - 1) kv_load_next();
             }
         }
         if (warp == 0 && lane < lanes && slot >= part.begin && slot < part.end) {
@@ -670,8 +742,6 @@ struct Program {
         }
         if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = mass;
         __syncthreads();
-        if (thread == 0)
-            for (int block = max(0, part.blocks - KV_STAGES); block < part.blocks; block++) kv_load_next();
         if (thread < WIDTH) {
             float largest = NOTHING, total = 0.0f, all = 0.0f;
 #pragma unroll
@@ -686,6 +756,8 @@ struct Program {
             if (thread < 2)
                 store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
         }
+        if (thread == THREADS - 1)
+            for (int block = max(0, part.blocks - KV_STAGES); block < part.blocks; block++) kv_load_next();
         __syncthreads();
     }
 
@@ -703,6 +775,7 @@ struct Program {
             bool waits = true;
             while (waits) {
                 waits = false;
+                order();
 #pragma unroll
                 for (int i = 0; i < SPLITS; i++)
                     if (!is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
@@ -803,27 +876,39 @@ struct Program {
 #if VECTORS > 0
             if (s.layers[layer].cross_norm != nullptr) {
                 float scale = take_normalised(stream, of_stream);
+                stamp(layer, STREAM);
                 multiply_to(words(layer, AT_QUERY), map++, scale, 0.0f);
+                stamp(layer, CROSS_QUERIES);
                 take_crossed(layer);
+                stamp(layer, CROSS_READ);
                 multiply_to(words(layer, AT_CROSSED), map++, 1.0f, s.layers[layer].cross_residual);
+                stamp(layer, CROSSED);
                 stream = words(layer, AT_CROSSED);
                 of_stream = epoch;
             }
 #endif
             float scale = take_normalised(stream, of_stream);
+            stamp(layer, stream == words(layer, AT_CROSSED) ? CROSSED_STREAM : STREAM);
             multiply_to(words(layer, AT_HEADS), map++, scale, 0.0f);
+            stamp(layer, HEADS_MADE);
             for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
+            stamp(layer, ATTENDED);
             take_attention(layer);
+            stamp(layer, ATTENTION);
             multiply_to(words(layer, AT_MIDDLE), map++, 1.0f, 1.0f);
+            stamp(layer, MIDDLE_MADE);
             scale = take_normalised(words(layer, AT_MIDDLE), epoch);
+            stamp(layer, MIDDLE);
             u32* hidden = words(layer, AT_HIDDEN);
             multiply(map++, [&](int unit, float gate, float value) {
                 gate *= scale;
                 value *= scale;
                 if (lane % 8 == 0) store_word(hidden + unit, sealed(__fdividef(value * gate, 1.0f + __expf(-gate)), epoch));
             });
+            stamp(layer, HIDDEN_MADE);
             gather<HIDDEN>(hidden, epoch, [&](int, int quarter, float4 v) { put(quarter, v); });
             __syncthreads();
+            stamp(layer, HIDDEN_TAKEN);
             if (layer + 1 < LAYERS) {
                 u32* to = words(layer, AT_END);
                 multiply_hidden(map++, [&](int unit, float one, float two) {
@@ -841,6 +926,7 @@ struct Program {
                     }
                 });
             }
+            stamp(layer, END_MADE);
             stream = words(layer, AT_END);
         }
     }
@@ -883,25 +969,24 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     p.slot = p.position % capacity;
     p.held = min(p.position + 1, capacity);
     p.eps = eps;
-    p.load_stage = p.load_left = p.stage = p.to_fill = 0;
+    p.load_stage = p.load_left = p.stage = p.flying = p.flying_stage = 0;
+    p.free = STAGES;
+    p.flying_parity = 0;
     p.load_map = -1;
     p.parity = p.kv_parity = 0;
     p.kv_layer = p.kv_block = p.kv_load_stage = p.kv_stage = 0;
     p.kv_item = p.cta;
     p.load_norm = p.norms_begun = p.norm = 0;
+    p.waited = 0;
     __syncthreads();
     if (p.thread == THREADS - 1) {
         for (int i = 0; i < NORMS; i++) p.load_next_norm();
-    }
-    if (p.lane == 0) {
-        p.next_map();
-        for (int i = 0; i < STAGES; i++) p.load_next();
-    }
-    if (p.thread == 0) {
         if (p.cta >= HEADS * SPLITS) p.kv_layer = LAYERS;
         p.kv_seek();
         for (int i = 0; i < KV_STAGES; i++) p.kv_load_next();
     }
+    if (p.lane == 0) p.next_map();
+    for (int i = 0; i < STAGES; i++) p.order();
     p.run();
     if (p.thread == 0) {
         u32 ended = atomicAdd(state + 1, 1u);

@@ -37,11 +37,33 @@ _MOST_SHARED = 232_448 - 1_024
 _LONG = 1_024
 """Places of a cache above which heads are cut into eight parts, not four."""
 
+PHASES = (
+    "stream taken",
+    "cross queries made",
+    "patch read",
+    "crossed made",
+    "crossed taken",
+    "heads made",
+    "attended",
+    "attention taken",
+    "middle made",
+    "middle taken",
+    "hidden made",
+    "hidden taken",
+    "end made",
+)
+"""Of a layer, by what has been done at their ends; only layers that read a patch have the second to the fifth."""
+_MOST_PROGRAMS = 256
+"""Of which stamps are kept."""
+
 ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_float)
 """The types of the kernel's arguments."""
 
 _MAP = np.dtype(
-    [("weight", np.uint64), ("units", np.int32), ("inputs", np.int32), ("gated", np.int32), ("before", np.int32)]
+    [
+        ("weight", np.uint64),
+        *((name, np.int32) for name in ("units", "inputs", "gated", "each", "extra", "before")),
+    ]
 )
 _LAYER = np.dtype(
     [
@@ -56,6 +78,25 @@ _LAYER = np.dtype(
         ("unused", np.int32),
     ]
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manner:
+    """How a stack goes about it, which changes nothing of what it computes but the order of sums."""
+
+    in_flight: int
+    """Stages of a program that are under way at once."""
+    together: int
+    """Units of a warp whose sums are taken together: a power of two."""
+    sentinel: bool
+    """Whether programs look at few words of a row before they read all."""
+    stamps: bool = False
+    """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
+
+
+_NARROW = Manner(in_flight=8, together=4, sentinel=False)
+_WIDE = Manner(in_flight=12, together=2, sentinel=True)
+"""How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +115,7 @@ class Sizes:
     is_bfloat16: bool
     tap: int = -1
     """The layer whose output is kept besides the last's; -1 for none."""
+    manner: Manner
     warps: int = _WARPS
 
     @property
@@ -111,6 +153,10 @@ class Sizes:
             "WARPS": self.warps,
             "STAGES": self.stages,
             "TAP": self.tap,
+            "IN_FLIGHT": self.manner.in_flight,
+            "TOGETHER": self.manner.together,
+            "SENTINEL": int(self.manner.sentinel),
+            "STAMPS": int(self.manner.stamps),
             "BFLOAT16": int(self.is_bfloat16),
         }
 
@@ -195,11 +241,12 @@ class Parts:
         """Where the caches lie, and their capacities."""
         return tuple((cache.keys.data_ptr(), cache.capacity) for cache in self.caches)
 
-    def sizes(self) -> Sizes:
-        """What the kernel is compiled for, as the caches are now."""
+    def sizes(self, manner: Manner | None = None) -> Sizes:
+        """What the kernel is compiled for, as the caches are now; the manner is the usual one where it is None."""
         first, layers = self.blocks[0], len(self.blocks)
+        dim = first.query_key_value.shape[1]
         return Sizes(
-            dim=first.query_key_value.shape[1],
+            dim=dim,
             hidden=first.feed_forward_output.shape[1],
             heads=first.num_heads,
             width=first.head_dim,
@@ -209,6 +256,7 @@ class Parts:
             layers=layers,
             is_bfloat16=first.query_key_value.dtype == torch.bfloat16,
             tap=self.tap,
+            manner=manner or (_WIDE if dim > _CHUNK else _NARROW),
         )
 
     def fit(self) -> bool:
@@ -223,14 +271,14 @@ class Parts:
 class StackTables:
     """What the kernel reads and writes besides the token: where weights and caches lie, and what programs exchange."""
 
-    def __init__(self, parts: Parts) -> None:
-        """Point to weights and caches as they lie."""
+    def __init__(self, parts: Parts, manner: Manner | None = None) -> None:
+        """Point to weights and caches as they lie; the manner is the usual one where it is None."""
         first = parts.blocks[0]
         self.parts = parts
         weight = first.query_key_value
         self.device = weight.device
         self.rotary, self.capacity = parts.caches[0].rotary, parts.caches[0].capacity
-        self.sizes = parts.sizes()
+        self.sizes = parts.sizes(manner)
         self.eps = first.attention_norm.eps
         words = 2 * self.sizes.layer_words
         self.exchange = torch.zeros(words, dtype=torch.int32, device=self.device)
@@ -264,8 +312,10 @@ class StackTables:
         def add(weight: Tensor, *, gated: bool = False) -> None:
             nonlocal index, before
             units = len(weight) // 2
-            table[index] = (weight.data_ptr(), units, weight.shape[1], gated, before)
-            index, before = index + 1, (before + units) % (programs * self.sizes.warps)
+            each, extra = divmod(units, programs * self.sizes.warps)
+            table[index] = (weight.data_ptr(), units, weight.shape[1], gated, each, extra, before)
+            # The warps with a unit more are others in the next map.
+            index, before = index + 1, (before + extra) % (programs * self.sizes.warps)
 
         for layer, block in enumerate(self.parts.blocks):
             cross = self.parts.crosses.get(layer)
@@ -314,7 +364,39 @@ class ResidentStack:
     def __init__(self, parts: Parts) -> None:
         """Nothing is compiled before the first call."""
         self._parts = parts
+        self.manner = parts.sizes().manner
         self._tables: StackTables | None = None
+
+    def take(self, manner: Manner) -> None:
+        """Go about it so from now on."""
+        self.manner, self._tables = manner, None
+
+    def compiled(self, manner: Manner) -> None:
+        """Compile what a manner needs, ahead of the first call."""
+        tables = StackTables(self._parts, manner)
+        _kernel(tables.sizes, tables.device.index)
+
+    def stamps(self, programs: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """When the programs of the last launch ended the phases, if the stack's manner has stamps.
+
+        Args:
+            programs: of that launch.
+
+        Returns:
+            uint64 [L, phases, programs, 3]: nanoseconds of a clock that all share, cycles of the multiprocessor's own,
+            and the cycles for which the program's first warp had waited for weights until then. See `PHASES`.
+        """
+        from cuda.bindings import driver
+
+        tables = self._tables
+        if tables is None or not tables.sizes.manner.stamps:
+            raise ModelError("no launch of this stack has left stamps; take a manner with stamps.")
+        kept = np.zeros((tables.sizes.layers, len(PHASES), _MOST_PROGRAMS, 3), dtype=np.uint64)
+        torch.cuda.synchronize(tables.device)
+        module = _checked(driver.cuFuncGetModule(_kernel(tables.sizes, tables.device.index)[0]))
+        pointer, _ = _checked(driver.cuModuleGetGlobal(module, b"stamps"))
+        _checked(driver.cuMemcpyDtoH(kept.ctypes.data, pointer, kept.nbytes))
+        return kept[:, :, :programs]
 
     def __call__(self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None) -> Tensor:
         """Run one token.
@@ -331,7 +413,7 @@ class ResidentStack:
             [1, dim].
         """
         if self._tables is None or not self._tables.is_current():
-            self._tables = StackTables(self._parts)
+            self._tables = StackTables(self._parts, self.manner)
         tables = self._tables
         programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
         # Every program has to have a unit of every gated map.

@@ -420,13 +420,13 @@ class BLTSession:
             # A row that stands in the step twice is written twice, with the same values.
             filled = np.concatenate([np.arange(len(rows)), np.zeros(size - len(rows), dtype=np.int64)])
             self._patch_numbers.host[:, :size] = rows[filled], positions[filled], lengths[filled]
-            self._patch_numbers.upload()
             shape = size, bucket(longest, steps.open_capacity), bucket(int(positions.max()) + 1, latent.capacity)
             self._runner.run(("patch", *shape), lambda: self._complete_static(*shape))
         self._patch_counts[rows] += 1
         self._open_lengths[rows] = 0
 
     def _complete_static(self, size: int, longest: int, length: int) -> None:
+        self._patch_numbers.upload()
         rows, positions, lengths = self._patch_numbers.device[:, :size]
         if self.rows == 1 and self._is_fused:
             self._patch_steps.complete_one(rows, fused.FusedStep(positions, rows), longest, lengths)
