@@ -40,8 +40,12 @@ struct Meeting {
     int size, arrived = 0, turn = 0;
 };
 
+// A lane's share of two matrices.
+struct Tile { uint32_t a[4], b[2]; };
+
 struct Block {
     Meeting all;
+    std::vector<std::vector<Tile>> tiles;
     std::vector<Meeting> warps;
     std::vector<std::vector<float>> lanes;
     unsigned char* memory;
@@ -111,6 +115,7 @@ inline const char* launch(int blocks, int threads, size_t memory, unsigned seed,
         shared->warps.resize(threads / 32);
         for (auto& warp : shared->warps) warp.size = 32;
         shared->lanes.assign(threads / 32, std::vector<float>(32));
+        shared->tiles.assign(threads / 32, std::vector<Tile>(32));
         shared->memory = (unsigned char*)std::aligned_alloc(128, (memory + 127) / 128 * 128);
         std::memset(shared->memory, 0xff, memory);
         for (int thread = 0; thread < threads; thread++) {
@@ -244,14 +249,44 @@ inline float half16_to_float(uint32_t bits) {
     std::memcpy(&value, &narrow, 2);
     return (float)value;
 }
-inline uint32_t float_to_number(float value) {
+inline uint32_t pair_of(float low, float high) {
 #if BFLOAT16
-    uint32_t bits = as_bits(value);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    auto number = [](float value) {
+        uint32_t bits = as_bits(value);
+        return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    };
 #else
-    _Float16 narrow = (_Float16)value;
-    uint16_t bits;
-    std::memcpy(&bits, &narrow, 2);
-    return bits;
+    auto number = [](float value) {
+        _Float16 narrow = (_Float16)value;
+        uint16_t bits;
+        std::memcpy(&bits, &narrow, 2);
+        return (uint32_t)bits;
+    };
 #endif
+    return number(low) | number(high) << 16;
+}
+
+// As the instruction has it: lane 4 g + t holds rows g and g + 8 of a at columns 2 t, 2 t + 1 and these and 8, the same
+// of column g of b, and rows g and g + 8 of c at columns 2 t and 2 t + 1.
+inline void multiply_tile(float* c, uint4 a, uint32_t b, uint32_t other_b) {
+    int lane = threadIdx.x % 32;
+    emulated::Tile* tiles = emulated::current->shared->tiles[threadIdx.x / 32].data();
+    tiles[lane] = {{a.x, a.y, a.z, a.w}, {b, other_b}};
+    __syncwarp();
+    auto number = [](uint32_t word, int k) {
+#if BFLOAT16
+        return as_float(k % 2 ? word & 0xffff0000u : word << 16);
+#else
+        return half16_to_float(k % 2 ? word >> 16 : word & 0xffffu);
+#endif
+    };
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            int of = k % 8 / 2, upper = k / 8;
+            float left = number(tiles[row % 8 * 4 + of].a[row / 8 + 2 * upper], k);
+            c[i] += left * number(tiles[column * 4 + of].b[upper], k);
+        }
+    }
+    __syncwarp();
 }

@@ -168,9 +168,8 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
 def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
     """Times of all manners, the quickest first."""
     ways = [
-        resident.Manner(in_flight=flying, together=together, sentinel=sentinel)
-        for together in (4, 2, 1)
-        for flying in (8, 12, 16, 24, 40)
+        resident.Manner(in_flight=flying, sentinel=sentinel)
+        for flying in (8, 12, 16, 20, 24, 32, 64)
         for sentinel in (False, True)
     ]
     at = positions(stacks, run)
@@ -195,7 +194,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     def best(case: str) -> resident.Manner:
         rows.sort(key=lambda row: (row["case"], row["us"]))
         first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(**{name: first[name] for name in ("in_flight", "together", "sentinel")})
+        return resident.Manner(**{name: first[name] for name in ("in_flight", "sentinel")})
 
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:

@@ -10,14 +10,20 @@
 // all of the layer before, of which no program wrote its part before it had read all of the layer before that.
 //
 // While a row is waited for, what memory gives stands in long queues. So whatever else a layer needs, its norms' scales
-// and its keys and values, is ordered long before.
+// and its keys and values, is ordered long before. And the code is small: what does not fit a multiprocessor's cache of
+// instructions stands in the same queues, at every layer. So every map goes through the same few loops, told apart by
+// its kind.
+//
+// Products are taken by the matrix units, which at one token have little to do: a lane's eight weights of a row are a
+// column of its own, multiplied by the eight inputs at the same places, so that of each result only the diagonal is of
+// use. Inputs, of float32, are split into two numbers of half precision, whose sum differs from them by 2^-17 of them
+// for bfloat16.
 //
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   STAGES of a warp's ring, IN_FLIGHT (stages of a program under way at once), TOGETHER (units of a warp whose sums
-//   are taken together, a power of two), SENTINEL (whether few words are looked at first), STAMPS (whether programs
-//   note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
+//   STAGES of a warp's ring, IN_FLIGHT (stages of a program under way at once), SENTINEL (whether few words are looked
+//   at first), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -31,15 +37,17 @@ typedef long long i64;
 #define NORMS 2              // whose scales are under way at once
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
-#define ROUNDED (((MOST + 7) / 8) * 8)
 #define NOTHING (-1e30f)     // the largest score of no keys
 
 static_assert(IN_FLIGHT >= WARPS, "every warp needs a stage under way");
 
+// What a map makes, in a layer's order. Those of even numbers multiply a normalised row.
+enum Kind { QUERY, CROSSED, HEAD, MIDDLE, GATE, END };
+
 // A linear map, by units of two rows that one warp takes: neighbours, or a gate and its value.
 struct Map {
     const u16* weight;
-    int units, inputs, gated;
+    int units, inputs, kind;
     int each, extra;  // units of every warp, and how many warps have one more
     int before;       // where the warps that have one more begin
 };
@@ -132,14 +140,25 @@ __device__ __forceinline__ float half16_to_float(u32 bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
     return value;
 }
-__device__ __forceinline__ u32 float_to_number(float value) {
-    u16 bits;
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    u32 bits;
 #if BFLOAT16
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
 #else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
 #endif
     return bits;
+}
+// c += a b, of 16 by 16 and 16 by 8 numbers, spread over the warp.
+__device__ __forceinline__ void multiply_tile(float* c, uint4 a, u32 b, u32 other_b) {
+#if BFLOAT16
+#define TILE "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+#define TILE "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+    asm(TILE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "r"(other_b));
 }
 extern __shared__ __align__(128) unsigned char shared_memory[];
 #endif
@@ -170,20 +189,9 @@ __device__ __forceinline__ float4 opened4(uint4 v) {
 }
 
 __device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
     for (int mask = 16; mask; mask >>= 1) value += shuffle_xor(value, mask);
     return value;
-}
-
-// Add the products of eight numbers to two sums, so that no sum waits long for the one before.
-__device__ __forceinline__ void dot8(uint4 words, const float* x, float& even, float& odd) {
-    even = fmaf(low_number(words.x), x[0], even);
-    odd = fmaf(high_number(words.x), x[1], odd);
-    even = fmaf(low_number(words.y), x[2], even);
-    odd = fmaf(high_number(words.y), x[3], odd);
-    even = fmaf(low_number(words.z), x[4], even);
-    odd = fmaf(high_number(words.z), x[5], odd);
-    even = fmaf(low_number(words.w), x[6], even);
-    odd = fmaf(high_number(words.w), x[7], odd);
 }
 
 __device__ __forceinline__ void unpack(uint4 words, float* to) {
@@ -198,13 +206,24 @@ __device__ __forceinline__ void read8(const float* from, float* to) {
 }
 
 __device__ __forceinline__ uint4 packed(const float* from) {
-    return make_uint4(float_to_number(from[0]) | float_to_number(from[1]) << 16,
-                      float_to_number(from[2]) | float_to_number(from[3]) << 16,
-                      float_to_number(from[4]) | float_to_number(from[5]) << 16,
-                      float_to_number(from[6]) | float_to_number(from[7]) << 16);
+    return make_uint4(pair_of(from[0], from[1]), pair_of(from[2], from[3]), pair_of(from[4], from[5]),
+                      pair_of(from[6], from[7]));
 }
 
-__device__ __forceinline__ float rounded(float value) { return low_number(float_to_number(value)); }
+__device__ __forceinline__ float rounded(float value) { return low_number(pair_of(value, 0.0f)); }
+
+// Four inputs as the matrix units take them: of two and two the nearest numbers, and what these leave.
+__device__ __forceinline__ uint4 split(float4 v) {
+    u32 first = pair_of(v.x, v.y), second = pair_of(v.z, v.w);
+    return make_uint4(first, pair_of(v.x - low_number(first), v.y - high_number(first)), second,
+                      pair_of(v.z - low_number(second), v.w - high_number(second)));
+}
+
+// A row that a map multiplies: of every eight inputs the first four, and the others in the second half.
+template <int COUNT>
+struct Row {
+    uint4 halves[2][COUNT / 8];
+};
 
 // Shared memory of a program.
 struct Shared {
@@ -212,7 +231,9 @@ struct Shared {
     u16 keys[KV_STAGES * KEYS * WIDTH];
     u16 values[KV_STAGES * KEYS * WIDTH];
     u16 norms[NORMS * DIM];
-    float row[ROUNDED];    // what maps multiply: of every eight numbers the first four, and from ROUNDED / 2 the others
+    // Maps multiply these by turns, so that a warp can go on to the next while others are at the last.
+    Row<DIM> normalised;
+    Row<MOST> row;
     float residual[DIM];
     alignas(16) float heads[3 * WIDTH];  // the new token's query, key and value of a head
     float merged[WARPS * WIDTH];
@@ -233,8 +254,8 @@ static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for
 extern "C" __device__ const int shared_bytes = sizeof(Shared);
 
 // The phases of a layer, by what has been done at their ends.
-enum Phase { STREAM, CROSS_QUERIES, CROSS_READ, CROSSED, CROSSED_STREAM, HEADS_MADE, ATTENDED, ATTENTION, MIDDLE_MADE, MIDDLE,
-             HIDDEN_MADE, HIDDEN_TAKEN, END_MADE, PHASES };
+enum Phase { STREAM, CROSS_QUERIES, CROSS_READ, CROSSED_MADE, CROSSED_STREAM, HEADS_MADE, ATTENDED, ATTENTION, MIDDLE_MADE,
+             MIDDLE_TAKEN, HIDDEN_MADE, HIDDEN_TAKEN, END_MADE, PHASES };
 #if STAMPS
 #define MOST_PROGRAMS 256
 // Of every program: nanoseconds by a clock that all have, and in cycles the time and the wait for weights until then.
@@ -322,11 +343,12 @@ struct Program {
             const Map& map = s.maps[load_map];
             Span span = span_of(map);
             if (span.unit >= span.end) continue;
-            int rows = map.gated ? 1 : 2;  // from a unit to the next
+            bool gated = map.kind == GATE;
+            int rows = gated ? 1 : 2;  // from a unit to the next
             load_units = span.end - span.unit;
             load_left = load_inputs = map.inputs;
             load_from = map.weight + (i64)span.unit * rows * map.inputs;
-            load_other = map.gated ? (i64)map.units * map.inputs : map.inputs;
+            load_other = gated ? (i64)map.units * map.inputs : map.inputs;
             load_jump = (rows - 1) * map.inputs;
             return;
         }
@@ -356,18 +378,19 @@ struct Program {
     // Order what this warp may order now; wherever it waits. So many stages at once keep memory busy; more would only
     // stand in the queues in which the exchange's words stand too.
     __device__ __forceinline__ void order() {
-        if (lane != 0) return;
-        if (free == 0 || load_left == 0) return;
-        while (flying > 0 && barrier_test(s.full + warp * STAGES + flying_stage, flying_parity)) {
-            flying--;
-            if (++flying_stage == STAGES) {
-                flying_stage = 0;
-                flying_parity ^= 1;
+        if (lane != 0 || free == 0 || load_left == 0) return;
+        if (IN_FLIGHT < WARPS * STAGES) {
+            while (flying > 0 && barrier_test(s.full + warp * STAGES + flying_stage, flying_parity)) {
+                flying--;
+                if (++flying_stage == STAGES) {
+                    flying_stage = 0;
+                    flying_parity ^= 1;
+                }
             }
+            if (flying >= IN_FLIGHT / WARPS + (warp < IN_FLIGHT % WARPS)) return;
+            flying++;
         }
-        if (flying >= IN_FLIGHT / WARPS + (warp < IN_FLIGHT % WARPS)) return;
         load_next();
-        flying++;
         free--;
     }
 
@@ -375,7 +398,7 @@ struct Program {
 #if STAMPS
         u64 begun = clock64();
 #endif
-        while (!barrier_test(s.full + warp * STAGES + stage, parity)) order();
+        barrier_wait(s.full + warp * STAGES + stage, parity);
 #if STAMPS
         waited += clock64() - begun;
 #endif
@@ -434,190 +457,204 @@ struct Program {
         bulk_copy(s.norms + at * DIM, from, 2 * DIM, s.norm_full + at, kept);
     }
 
-    // Four numbers of the row that the next map multiplies.
-    __device__ __forceinline__ void put(int quarter, float4 v) {
-        ((float4*)(s.row + (quarter & 1) * (ROUNDED / 2)))[quarter >> 1] = v;
+    // Where a layer's words for a map's row lie, and where its results go.
+    __device__ __forceinline__ u32* source_of(int layer, int kind) {
+        int at = kind == CROSSED ? AT_QUERY : kind == GATE ? AT_MIDDLE : AT_HIDDEN;
+        return words(layer, at);
+    }
+    __device__ __forceinline__ u32* target_of(int layer, int kind) {
+        int at = kind == QUERY ? AT_QUERY : kind == CROSSED ? AT_CROSSED : kind == HEAD ? AT_HEADS
+                 : kind == MIDDLE ? AT_MIDDLE : kind == GATE ? AT_HIDDEN : AT_END;
+        return words(layer, at);
     }
 
-    // Wait for some words and give them to a function, four at a time: take(turn, quarter, float4).
-    template <int COUNT, class Take>
-    __device__ __forceinline__ void gather(const u32* from, u32 epoch, Take take) {
-        constexpr int all = (COUNT / 4 + THREADS - 1) / THREADS;
-        constexpr int batch = all < 8 ? all : 8;
-        for (int base = 0; base < all; base += batch) {
+    // Wait for the words of a map's row, and lay it out as its kind asks. Without words the row is the stack's input.
+    // Returns what the results must be multiplied by.
+    __device__ __forceinline__ float take_row(const u32* from, u32 epoch, int kind, int layer) {
+        constexpr int turns = (DIM / 4 + THREADS - 1) / THREADS;
+        constexpr int all = (MOST / 4 + THREADS - 1) / THREADS, batch = all < 8 ? all : 8;
+        static_assert(turns <= batch, "a row of the stream is taken at once");
+        const int quarters = (kind == END ? HIDDEN : DIM) / 4;
+        const bool normalises = kind % 2 == 0;
+        if (normalises) barrier_wait(s.norm_full + norm % NORMS, norm / NORMS % 2);
+#if VECTORS > 0
+        // On their way while the queries are waited for.
+        uint2 keys[turns][VECTORS], values[turns][VECTORS];
+        if (kind == CROSSED) {
+#pragma unroll
+            for (int i = 0; i < turns; i++) {
+                int quarter = min(thread + i * THREADS, DIM / 4 - 1);
+                int at = quarter / (WIDTH / 4) * VECTORS * (WIDTH / 4) + quarter % (WIDTH / 4);
+#pragma unroll
+                for (int j = 0; j < VECTORS; j++) {
+                    keys[i][j] = ((const uint2*)s.layers[layer].cross_keys)[at + j * (WIDTH / 4)];
+                    values[i][j] = ((const uint2*)s.layers[layer].cross_values)[at + j * (WIDTH / 4)];
+                }
+            }
+        }
+#endif
+        float squares = 0.0f;
+        for (int base = 0; base < quarters; base += batch * THREADS) {
             uint4 v[batch];
 #pragma unroll
-            for (int i = 0; i < batch; i++) v[i] = make_uint4(0, 0, 0, 0);
-            bool waits = true;
+            for (int i = 0; i < batch; i++) {
+                int quarter = base + thread + i * THREADS;
+                v[i] = make_uint4(0, 0, 0, 0);
+                if (from == nullptr && quarter < quarters) {
+                    uint2 x = ((const uint2*)input)[quarter];
+                    v[i] = make_uint4(as_bits(low_number(x.x)), as_bits(high_number(x.x)), as_bits(low_number(x.y)),
+                                      as_bits(high_number(x.y)));
+                }
+            }
             // A few words first, where there are many: reading all of them again and again keeps others from theirs.
-            if (SENTINEL && base == 0)
-                while (!is_there(load_words(from + 4 * min(thread & ~31, COUNT / 4 - 1)), epoch)) order();
+            if (SENTINEL && base == 0 && from != nullptr)
+                while (!is_there(load_words(from + 4 * min(thread & ~31, quarters - 1)), epoch)) order();
+            bool waits = from != nullptr;
             while (waits) {
                 waits = false;
                 order();
 #pragma unroll
                 for (int i = 0; i < batch; i++) {
-                    int quarter = thread + (base + i) * THREADS;
-                    if (quarter < COUNT / 4 && !is_there(v[i], epoch)) v[i] = load_words(from + 4 * quarter);
+                    int quarter = base + thread + i * THREADS;
+                    if (quarter < quarters && !is_there(v[i], epoch)) v[i] = load_words(from + 4 * quarter);
                 }
 #pragma unroll
-                for (int i = 0; i < batch; i++) {
-                    int quarter = thread + (base + i) * THREADS;
-                    waits |= quarter < COUNT / 4 && !is_there(v[i], epoch);
-                }
+                for (int i = 0; i < batch; i++)
+                    waits |= base + thread + i * THREADS < quarters && !is_there(v[i], epoch);
             }
 #pragma unroll
             for (int i = 0; i < batch; i++) {
-                int quarter = thread + (base + i) * THREADS;
-                if (quarter < COUNT / 4) take(i, quarter, opened4(v[i]));
-            }
-        }
-    }
-
-    // Take the residual stream, from the exchange or where there is none from the input, times a norm's scales; returns
-    // what the results must be multiplied by.
-    __device__ __forceinline__ float take_normalised(const u32* from, u32 epoch) {
-        constexpr int all = (DIM / 4 + THREADS - 1) / THREADS;
-        uint2 scales[all];
-        barrier_wait(s.norm_full + norm % NORMS, norm / NORMS % 2);
-#pragma unroll
-        for (int i = 0; i < all; i++) {
-            int quarter = thread + i * THREADS;
-            if (quarter < DIM / 4) scales[i] = ((const uint2*)(s.norms + norm % NORMS * DIM))[quarter];
-        }
-        norm++;
-        float squares = 0.0f;
-        static_assert(all <= 8, "a turn counts from the first word");
-        auto take = [&](int turn, int quarter, float4 v) {
-            uint2 scale = scales[turn];
-            ((float4*)s.residual)[quarter] = v;
-            squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-            put(quarter, make_float4(v.x * low_number(scale.x), v.y * high_number(scale.x), v.z * low_number(scale.y),
-                                     v.w * high_number(scale.y)));
-        };
-        if (from == nullptr) {
-#pragma unroll
-            for (int i = 0; i < all; i++) {
-                int quarter = thread + i * THREADS;
-                if (quarter < DIM / 4) {
-                    uint2 x = ((const uint2*)input)[quarter];
-                    take(i, quarter, make_float4(low_number(x.x), high_number(x.x), low_number(x.y), high_number(x.y)));
+                int quarter = base + thread + i * THREADS;
+                float4 x = opened4(v[i]);
+#if VECTORS > 0
+                if (i < turns && kind == CROSSED) x = read_patch(x, keys[i < turns ? i : 0], values[i < turns ? i : 0]);
+#endif
+                if (quarter >= quarters) continue;
+                if (!normalises) {
+                    s.row.halves[quarter & 1][quarter >> 1] = split(x);
+                } else if (i < turns) {
+                    // The words that these are needed for have been written if the ones in their place have come.
+                    ((float4*)s.residual)[quarter] = x;
+                    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+                    uint2 scale = ((const uint2*)(s.norms + norm % NORMS * DIM))[quarter];
+                    x = make_float4(x.x * low_number(scale.x), x.y * high_number(scale.x), x.z * low_number(scale.y),
+                                    x.w * high_number(scale.y));
+                    s.normalised.halves[quarter & 1][quarter >> 1] = split(x);
                 }
             }
-        } else {
-            gather<DIM>(from, epoch, take);
         }
-        squares = warp_sum(squares);
-        if (lane == 0) s.squares[warp] = squares;
+        if (normalises) {
+            squares = warp_sum(squares);
+            if (lane == 0) s.squares[warp] = squares;
+        }
         __syncthreads();
+        if (!normalises) return 1.0f;
+        norm++;
         if (thread == THREADS - 1) load_next_norm();
         float total = 0.0f;
+#pragma unroll
         for (int i = 0; i < WARPS; i++) total += s.squares[i];
         return rsqrtf(total * (1.0f / DIM) + eps);
     }
 
-    // This warp's units of a map of the row: give(unit, first, second) with both rows' sums, in eight lanes that differ
-    // in `lane % 8`. The row stays in registers, and the sums of several units are taken across the warp together.
-    template <class Give>
-    __device__ __forceinline__ void multiply(int index, Give give) {
-        constexpr int turns = (DIM + 255) / 256, chunk_turns = CHUNK / 256;
-        const Span span = span_of(s.maps[index]);
-        float x[turns][8];
+#if VECTORS > 0
+    // Four places of a head's query read the patch's vectors; every program does so for all heads, as that takes less
+    // time than handing the results on.
+    __device__ __forceinline__ float4 read_patch(float4 query, const uint2* keys, const uint2* values) {
+        static_assert(WIDTH <= 128, "a head is in one warp");
+        float scores[VECTORS], largest = NOTHING, mass = 0.0f;
 #pragma unroll
-        for (int i = 0; i < turns; i++) {
-            int at = lane + 32 * i;
-            float4 a = at < DIM / 8 ? ((const float4*)s.row)[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            float4 b = at < DIM / 8 ? ((const float4*)(s.row + ROUNDED / 2))[at] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            x[i][0] = a.x, x[i][1] = a.y, x[i][2] = a.z, x[i][3] = a.w;
-            x[i][4] = b.x, x[i][5] = b.y, x[i][6] = b.z, x[i][7] = b.w;
+        for (int j = 0; j < VECTORS; j++) {
+            float score = low_number(keys[j].x) * query.x + high_number(keys[j].x) * query.y +
+                          low_number(keys[j].y) * query.z + high_number(keys[j].y) * query.w;
+#pragma unroll
+            for (int mask = 1; mask < WIDTH / 4; mask *= 2) score += shuffle_xor(score, mask);
+            scores[j] = score * rsqrtf((float)WIDTH);
+            largest = fmaxf(largest, scores[j]);
         }
-        for (int unit = span.unit; unit < span.end; unit += TOGETHER) {
-            float one[TOGETHER], two[TOGETHER];
 #pragma unroll
-            for (int u = 0; u < TOGETHER; u++) {
-                one[u] = two[u] = 0.0f;
-                if (unit + u >= span.end) continue;
-                float sums[4] = {};
+        for (int j = 0; j < VECTORS; j++) mass += scores[j] = __expf(scores[j] - largest);
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-                for (int chunk = 0; chunk < (DIM + CHUNK - 1) / CHUNK; chunk++) {
-                    const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
-                    await_stage();
-#pragma unroll
-                    for (int i = 0; i < chunk_turns; i++) {
-                        int turn = chunk * chunk_turns + i;
-                        if (turn >= turns) continue;
-                        if (DIM % 256 == 0 || lane + 32 * turn < DIM / 8) {
-                            dot8(rows[lane + 32 * i], x[turn], sums[0], sums[1]);
-                            dot8(rows[CHUNK / 8 + lane + 32 * i], x[turn], sums[2], sums[3]);
-                        }
-                    }
-                    stage_read();
-                }
-                one[u] = sums[0] + sums[1];
-                two[u] = sums[2] + sums[3];
-            }
-            // Half of the units' sums go to the other half of the warp, and so on; then lanes hold one unit's.
-            int mine = 0, mask = 16;
-#pragma unroll
-            for (int kept = TOGETHER / 2; kept; kept /= 2) {
-                bool upper = lane & mask;
-#pragma unroll
-                for (int u = 0; u < kept; u++) {
-                    one[u] = (upper ? one[u + kept] : one[u]) + shuffle_xor(upper ? one[u] : one[u + kept], mask);
-                    two[u] = (upper ? two[u + kept] : two[u]) + shuffle_xor(upper ? two[u] : two[u + kept], mask);
-                }
-                mine += upper ? kept : 0;
-                mask /= 2;
-            }
-            for (; mask; mask /= 2) {
-                one[0] += shuffle_xor(one[0], mask);
-                two[0] += shuffle_xor(two[0], mask);
-            }
-            if (unit + mine < span.end) give(unit + mine, one[0], two[0]);
+        for (int j = 0; j < VECTORS; j++) {
+            float share = __fdividef(scores[j], mass);
+            sum.x += share * low_number(values[j].x), sum.y += share * high_number(values[j].x);
+            sum.z += share * low_number(values[j].y), sum.w += share * high_number(values[j].y);
         }
-        // The row may be overwritten now.
-        __syncthreads();
+        return sum;
+    }
+#endif
+
+    // Multiply a stage's two rows, or what is left of them, by a row's inputs.
+    template <bool WHOLE>
+    __device__ __forceinline__ void multiply_stage(float (*sums)[4], const uint4* x, int half, int left) {
+        const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE) + lane;
+        uint4 one[CHUNK / 256], two[CHUNK / 256], first[CHUNK / 256], second[CHUNK / 256];
+#pragma unroll
+        for (int i = 0; i < CHUNK / 256; i++) {
+            one[i] = two[i] = first[i] = second[i] = make_uint4(0, 0, 0, 0);
+            if (WHOLE || lane + 32 * i < left) {
+                one[i] = rows[32 * i], two[i] = rows[CHUNK / 8 + 32 * i];
+                first[i] = x[32 * i], second[i] = x[half + 32 * i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNK / 256; i++) {
+            multiply_tile(sums[0], first[i], one[i].x, one[i].y);
+            multiply_tile(sums[1], first[i], two[i].x, two[i].y);
+            multiply_tile(sums[2], second[i], one[i].z, one[i].w);
+            multiply_tile(sums[3], second[i], two[i].z, two[i].w);
+        }
     }
 
-    // The same for the map of the hidden numbers, of which a warp has few units: the row is read as it is needed.
-    template <class Give>
-    __device__ __forceinline__ void multiply_hidden(int index, Give give) {
-        const Span span = span_of(s.maps[index]);
-        const float4* first = (const float4*)s.row;
-        const float4* second = (const float4*)(s.row + ROUNDED / 2);
+    // This warp's units of a map, of the row that was taken last.
+    __device__ __forceinline__ void multiply(const Map& map, float scale, int layer) {
+        const Span span = span_of(map);
+        const int kind = map.kind, half = (kind % 2 ? MOST : DIM) / 8;
+        const uint4* row = (kind % 2 ? s.row.halves[0] : s.normalised.halves[0]) + lane;
+        const bool ends = kind == END && layer == LAYERS - 1;
+        const float residual = kind == MIDDLE || kind == END ? 1.0f : kind == CROSSED ? s.layers[layer].cross_residual : 0.0f;
+        u32* to = target_of(layer, kind);
+        // Lanes that hold a part of the diagonal: those that are multiples of 9, and of 9 and 4 more.
+        const bool odd = lane & 4;
         for (int unit = span.unit; unit < span.end; unit++) {
-            float sums[4] = {};
-            for (int begin = 0; begin < HIDDEN; begin += CHUNK) {
-                const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE);
-                int count = min(CHUNK, HIDDEN - begin) / 8;
+            float sums[4][4] = {};
+            const uint4* x = row;
+            for (int left = map.inputs / 8; left > 0; left -= CHUNK / 8, x += CHUNK / 8) {
                 await_stage();
-#pragma unroll
-                for (int i = 0; i < CHUNK / 256; i++) {
-                    int at = lane + 32 * i;
-                    if (at < count) {
-                        float4 a = first[begin / 8 + at], b = second[begin / 8 + at];
-                        float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-                        dot8(rows[at], x, sums[0], sums[1]);
-                        dot8(rows[CHUNK / 8 + at], x, sums[2], sums[3]);
-                    }
-                }
+                if (left >= CHUNK / 8) multiply_stage<true>(sums, x, half, left);
+                else multiply_stage<false>(sums, x, half, left);
                 stage_read();
             }
-            give(unit, warp_sum(sums[0] + sums[1]), warp_sum(sums[2] + sums[3]));
-        }
-        __syncthreads();
-    }
-
-    // A map whose results, times a scale and with the residual stream added, go to the exchange.
-    __device__ __forceinline__ void multiply_to(u32* to, int index, float scale, float residual) {
-        multiply(index, [&](int unit, float one, float two) {
-            int which = lane % 8;
-            if (which < 2) {
-                float value = (which == 0 ? one : two) * scale;
-                if (residual != 0.0f) value += residual * s.residual[2 * unit + which];
-                store_word(to + 2 * unit + which, sealed(value, epoch));
+            float results[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float even_sum = sums[i][0] + sums[i][2] + sums[i + 2][0] + sums[i + 2][2];
+                float odd_sum = sums[i][1] + sums[i][3] + sums[i + 2][1] + sums[i + 2][3];
+                results[i] = odd ? odd_sum : even_sum;
             }
-        });
+#pragma unroll
+            for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 4);
+#pragma unroll
+            for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 9);
+#pragma unroll
+            for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 18);
+            if (lane != 0 && lane != 4) continue;
+            float value = (odd ? results[1] : results[0]) * scale;
+            if (kind == GATE) {
+                float other = results[1] * scale;
+                if (!odd) store_word(to + unit, sealed(__fdividef(other * value, 1.0f + __expf(-value)), epoch));
+                continue;
+            }
+            int at = 2 * unit + odd;
+            if (residual != 0.0f) value += residual * s.residual[at];
+            if (ends) {
+                output[at] = (u16)pair_of(value, 0.0f);
+            } else {
+                store_word(to + at, sealed(value, epoch));
+                if (kind == END && layer == TAP) tap[at] = tap_row[at] = (u16)pair_of(value, 0.0f);
+            }
+        }
     }
 
     // The new token's part of a head: its query, key and value.
@@ -802,132 +839,42 @@ struct Program {
                 total.z += share * one.z, total.w += share * one.w;
             }
             float over = __fdividef(1.0f, mass);
-            put(quarter, make_float4(total.x * over, total.y * over, total.z * over, total.w * over));
+            total = make_float4(total.x * over, total.y * over, total.z * over, total.w * over);
+            s.row.halves[quarter & 1][quarter >> 1] = split(total);
         }
         __syncthreads();
     }
-
-#if VECTORS > 0
-    // Every program reads the patch's vectors for all heads, as that takes less time than handing the results on.
-    __device__ __forceinline__ void take_crossed(int layer) {
-        constexpr int each = (HEADS + WARPS - 1) / WARPS, parts = (WIDTH + 31) / 32;
-        u16 keys[each][VECTORS][parts], values[each][VECTORS][parts];
-        // On their way while the queries are waited for.
-#pragma unroll
-        for (int turn = 0; turn < each; turn++) {
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) {
-#pragma unroll
-                for (int part = 0; part < parts; part++) {
-                    int head = turn * WARPS + warp, e = lane + 32 * part;
-                    bool kept = head < HEADS && e < WIDTH;
-                    int at = (head * VECTORS + i) * WIDTH + e;
-                    keys[turn][i][part] = kept ? s.layers[layer].cross_keys[at] : 0;
-                    values[turn][i][part] = kept ? s.layers[layer].cross_values[at] : 0;
-                }
-            }
-        }
-        gather<DIM>(words(layer, AT_QUERY), epoch, [&](int, int quarter, float4 v) { put(quarter, v); });
-        __syncthreads();
-        float scale = rsqrtf((float)WIDTH);
-#pragma unroll
-        for (int turn = 0; turn < each; turn++) {
-            int first = (turn * WARPS + warp) * WIDTH;
-            float scores[VECTORS], largest = NOTHING, mass = 0.0f;
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) {
-                scores[i] = 0.0f;
-#pragma unroll
-                for (int part = 0; part < parts; part++) {
-                    int k = first + lane + 32 * part;
-                    bool kept = k < DIM && lane + 32 * part < WIDTH;
-                    scores[i] = fmaf(low_number(keys[turn][i][part]), kept ? row_at(k) : 0.0f, scores[i]);
-                }
-                scores[i] = warp_sum(scores[i]) * scale;
-                largest = fmaxf(largest, scores[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) mass += scores[i] = __expf(scores[i] - largest);
-            float over = __fdividef(1.0f, mass);
-            // A head's query has been read, by the one warp that takes the head.
-#pragma unroll
-            for (int part = 0; part < parts; part++) {
-                float sum = 0.0f;
-#pragma unroll
-                for (int i = 0; i < VECTORS; i++) sum = fmaf(scores[i], low_number(values[turn][i][part]), sum);
-                int k = first + lane + 32 * part;
-                if (k < DIM && lane + 32 * part < WIDTH) row_at(k) = sum * over;
-            }
-        }
-        __syncthreads();
-    }
-
-    __device__ __forceinline__ float& row_at(int k) {
-        return s.row[(k >> 2 & 1) * (ROUNDED / 2) + (k >> 3) * 4 + (k & 3)];
-    }
-#endif
 
     __device__ __forceinline__ void run() {
-        int map = 0;
         const u32* stream = nullptr;
-        for (int layer = 0; layer < LAYERS; layer++) {
-            u32 of_stream = epoch;
-            epoch = epoch_of(layer);
-#if VECTORS > 0
-            if (s.layers[layer].cross_norm != nullptr) {
-                float scale = take_normalised(stream, of_stream);
-                stamp(layer, STREAM);
-                multiply_to(words(layer, AT_QUERY), map++, scale, 0.0f);
-                stamp(layer, CROSS_QUERIES);
-                take_crossed(layer);
-                stamp(layer, CROSS_READ);
-                multiply_to(words(layer, AT_CROSSED), map++, 1.0f, s.layers[layer].cross_residual);
-                stamp(layer, CROSSED);
-                stream = words(layer, AT_CROSSED);
+        u32 of_stream = 0;
+        int layer = -1, last = END;
+#pragma unroll 1
+        for (int index = 0; index < MAPS; index++) {
+            const Map& map = s.maps[index];
+            const int kind = map.kind;
+            if (last == END) epoch = epoch_of(++layer);
+            float scale = 1.0f;
+            if (kind == MIDDLE) {
+                for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
+                stamp(layer, ATTENDED);
+                take_attention(layer);
+            } else {
+                bool takes_stream = kind == QUERY || kind == HEAD;
+                scale = take_row(takes_stream ? stream : source_of(layer, kind), takes_stream ? of_stream : epoch, kind,
+                                 layer);
+            }
+            stamp(layer, kind == QUERY ? STREAM : kind == CROSSED ? CROSS_READ : kind == MIDDLE ? ATTENTION
+                         : kind == GATE ? MIDDLE_TAKEN : kind == END ? HIDDEN_TAKEN
+                         : last == CROSSED ? CROSSED_STREAM : STREAM);
+            multiply(map, scale, layer);
+            stamp(layer, kind == QUERY ? CROSS_QUERIES : kind == CROSSED ? CROSSED_MADE : kind == HEAD ? HEADS_MADE
+                         : kind == MIDDLE ? MIDDLE_MADE : kind == GATE ? HIDDEN_MADE : END_MADE);
+            if (kind == CROSSED || kind == END) {
+                stream = target_of(layer, kind);
                 of_stream = epoch;
             }
-#endif
-            float scale = take_normalised(stream, of_stream);
-            stamp(layer, stream == words(layer, AT_CROSSED) ? CROSSED_STREAM : STREAM);
-            multiply_to(words(layer, AT_HEADS), map++, scale, 0.0f);
-            stamp(layer, HEADS_MADE);
-            for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
-            stamp(layer, ATTENDED);
-            take_attention(layer);
-            stamp(layer, ATTENTION);
-            multiply_to(words(layer, AT_MIDDLE), map++, 1.0f, 1.0f);
-            stamp(layer, MIDDLE_MADE);
-            scale = take_normalised(words(layer, AT_MIDDLE), epoch);
-            stamp(layer, MIDDLE);
-            u32* hidden = words(layer, AT_HIDDEN);
-            multiply(map++, [&](int unit, float gate, float value) {
-                gate *= scale;
-                value *= scale;
-                if (lane % 8 == 0) store_word(hidden + unit, sealed(__fdividef(value * gate, 1.0f + __expf(-gate)), epoch));
-            });
-            stamp(layer, HIDDEN_MADE);
-            gather<HIDDEN>(hidden, epoch, [&](int, int quarter, float4 v) { put(quarter, v); });
-            __syncthreads();
-            stamp(layer, HIDDEN_TAKEN);
-            if (layer + 1 < LAYERS) {
-                u32* to = words(layer, AT_END);
-                multiply_hidden(map++, [&](int unit, float one, float two) {
-                    if (lane < 2) {
-                        float value = (lane == 0 ? one : two) + s.residual[2 * unit + lane];
-                        store_word(to + 2 * unit + lane, sealed(value, epoch));
-                        if (layer == TAP) tap[2 * unit + lane] = tap_row[2 * unit + lane] = (u16)float_to_number(value);
-                    }
-                });
-            } else {
-                multiply_hidden(map++, [&](int unit, float one, float two) {
-                    if (lane < 2) {
-                        float value = (lane == 0 ? one : two) + s.residual[2 * unit + lane];
-                        output[2 * unit + lane] = (u16)float_to_number(value);
-                    }
-                });
-            }
-            stamp(layer, END_MADE);
-            stream = words(layer, AT_END);
+            last = kind;
         }
     }
 };
@@ -986,6 +933,7 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
         for (int i = 0; i < KV_STAGES; i++) p.kv_load_next();
     }
     if (p.lane == 0) p.next_map();
+#pragma unroll 1
     for (int i = 0; i < STAGES; i++) p.order();
     p.run();
     if (p.thread == 0) {

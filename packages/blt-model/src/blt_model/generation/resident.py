@@ -62,7 +62,7 @@ ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_fl
 _MAP = np.dtype(
     [
         ("weight", np.uint64),
-        *((name, np.int32) for name in ("units", "inputs", "gated", "each", "extra", "before")),
+        *((name, np.int32) for name in ("units", "inputs", "kind", "each", "extra", "before")),
     ]
 )
 _LAYER = np.dtype(
@@ -86,16 +86,14 @@ class Manner:
 
     in_flight: int
     """Stages of a program that are under way at once."""
-    together: int
-    """Units of a warp whose sums are taken together: a power of two."""
     sentinel: bool
     """Whether programs look at few words of a row before they read all."""
     stamps: bool = False
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(in_flight=8, together=4, sentinel=False)
-_WIDE = Manner(in_flight=12, together=2, sentinel=True)
+_NARROW = Manner(in_flight=16, sentinel=False)
+_WIDE = Manner(in_flight=16, sentinel=False)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -126,8 +124,7 @@ class Sizes:
     @property
     def stages(self) -> int:
         """Of a warp's ring: as many as there is room for."""
-        most = -(-max(self.dim, self.hidden) // 8) * 8
-        floats = most + self.dim + 4 * self.width + self.warps * self.width + 3 * self.warps
+        floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + self.warps * self.width + 3 * self.warps
         fixed = (
             4 * _KV_NUMBERS
             + 4 * floats
@@ -154,7 +151,6 @@ class Sizes:
             "STAGES": self.stages,
             "TAP": self.tap,
             "IN_FLIGHT": self.manner.in_flight,
-            "TOGETHER": self.manner.together,
             "SENTINEL": int(self.manner.sentinel),
             "STAMPS": int(self.manner.stamps),
             "BFLOAT16": int(self.is_bfloat16),
@@ -308,24 +304,25 @@ class StackTables:
     def _make_maps(self, programs: int) -> Tensor:
         table = np.zeros(self.sizes.maps, dtype=_MAP)
         index = before = 0
-
-        def add(weight: Tensor, *, gated: bool = False) -> None:
-            nonlocal index, before
-            units = len(weight) // 2
-            each, extra = divmod(units, programs * self.sizes.warps)
-            table[index] = (weight.data_ptr(), units, weight.shape[1], gated, each, extra, before)
-            # The warps with a unit more are others in the next map.
-            index, before = index + 1, (before + extra) % (programs * self.sizes.warps)
-
         for layer, block in enumerate(self.parts.blocks):
             cross = self.parts.crosses.get(layer)
-            if cross is not None:
-                add(cross.query)
-                add(cross.output)
-            add(block.query_key_value)
-            add(block.output)
-            add(block.gate_value, gated=True)
-            add(block.feed_forward_output)
+            # In the order in which they are multiplied, which is that of the kernel's kinds.
+            maps = (
+                None if cross is None else cross.query,
+                None if cross is None else cross.output,
+                block.query_key_value,
+                block.output,
+                block.gate_value,
+                block.feed_forward_output,
+            )
+            for kind, weight in enumerate(maps):
+                if weight is None:
+                    continue
+                units = len(weight) // 2
+                each, extra = divmod(units, programs * self.sizes.warps)
+                table[index] = (weight.data_ptr(), units, weight.shape[1], kind, each, extra, before)
+                # The warps with a unit more are others in the next map.
+                index, before = index + 1, (before + extra) % (programs * self.sizes.warps)
         return self._bytes(table)
 
     def _layers(self) -> Tensor:
