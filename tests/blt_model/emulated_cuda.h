@@ -44,7 +44,7 @@ struct Meeting {
 struct Tile { uint32_t a[4], b[2]; };
 
 struct Block {
-    Meeting all;
+    Meeting all, consumers;
     std::vector<std::vector<Tile>> tiles;
     std::vector<Meeting> warps;
     std::vector<std::vector<float>> lanes;
@@ -74,6 +74,7 @@ inline std::function<void()> body;
 inline std::mt19937 random_numbers;
 
 inline const char* failure;
+inline uint32_t clock;
 inline long steps;  // whatever brings a waiting fiber further
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
@@ -112,6 +113,7 @@ inline const char* launch(int blocks, int threads, size_t memory, unsigned seed,
     for (int block = 0; block < blocks; block++) {
         auto shared = std::make_unique<Block>();
         shared->all.size = threads;
+        shared->consumers.size = threads - 32;
         shared->warps.resize(threads / 32);
         for (auto& warp : shared->warps) warp.size = 32;
         shared->lanes.assign(threads / 32, std::vector<float>(32));
@@ -164,6 +166,7 @@ inline const char* launch(int blocks, int threads, size_t memory, unsigned seed,
 
 inline void __syncthreads() { emulated::wait_at(emulated::current->shared->all); }
 inline void __syncwarp() { emulated::wait_at(emulated::current->shared->warps[threadIdx.x / 32]); }
+inline void meet() { emulated::wait_at(emulated::current->shared->consumers); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -183,6 +186,27 @@ inline float shuffle_xor(float value, int mask) {
     return other;
 }
 
+inline uint32_t ballot(bool vote) {
+    int warp = threadIdx.x / 32;
+    std::vector<float>& lanes = emulated::current->shared->lanes[warp];
+    lanes[threadIdx.x % 32] = vote;
+    __syncwarp();
+    uint32_t all = 0;
+    for (int i = 0; i < 32; i++) all |= (uint32_t)lanes[i] << i;
+    __syncwarp();
+    return all;
+}
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline uint32_t cycles() { return emulated::clock += emulated::random_numbers() % 1000; }
+
+inline void tell(uint32_t* at, uint32_t count) {
+    *at += count;
+    emulated::steps++;
+}
+inline uint32_t told(const uint32_t* at) {
+    emulated::yield();
+    return *at;
+}
 inline uint4 load_words(const uint32_t* at) {
     emulated::yield();
     emulated::require((uintptr_t)at % 16 == 0, "words are read from an address that is no multiple of 16");
@@ -203,13 +227,13 @@ inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) {
     at.arrived = true;
     at.expected = bytes;
 }
-// Whether a phase has ended; copies that could land do, in some of the tests.
-inline bool barrier_test(unsigned long long* barrier, uint32_t parity, int chance = 4) {
+// Whether a phase has ended; copies that can land do, some of the times.
+inline bool barrier_test(unsigned long long* barrier, uint32_t parity) {
     emulated::Barrier& at = emulated::barriers.at(barrier);
     if (at.phase != parity) return true;
     uint32_t bytes = 0;
     for (auto& copy : at.copies) bytes += copy.bytes;
-    if (!at.arrived || bytes != at.expected || emulated::random_numbers() % chance != 0) {
+    if (!at.arrived || bytes != at.expected || emulated::random_numbers() % 2) {
         emulated::yield();
         return at.phase != parity;
     }
@@ -221,7 +245,7 @@ inline bool barrier_test(unsigned long long* barrier, uint32_t parity, int chanc
     return true;
 }
 inline void barrier_wait(unsigned long long* barrier, uint32_t parity) {
-    while (!barrier_test(barrier, parity, 1)) {
+    while (!barrier_test(barrier, parity)) {
     }
 }
 inline unsigned long long once_policy() { return 0; }

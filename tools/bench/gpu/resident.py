@@ -168,8 +168,8 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
 def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
     """Times of all manners, the quickest first."""
     ways = [
-        resident.Manner(in_flight=flying, sentinel=sentinel)
-        for flying in (8, 12, 16, 20, 24, 32, 64)
+        resident.Manner(period=period, sentinel=sentinel)
+        for period in (0, 128, 192, 224, 256, 288, 320)
         for sentinel in (False, True)
     ]
     at = positions(stacks, run)
@@ -194,7 +194,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     def best(case: str) -> resident.Manner:
         rows.sort(key=lambda row: (row["case"], row["us"]))
         first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(**{name: first[name] for name in ("in_flight", "sentinel")})
+        return resident.Manner(**{name: first[name] for name in ("period", "sentinel")})
 
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:

@@ -9,8 +9,9 @@
 // in the cache. That is safe if every program has a unit of every gated map: a program that writes in a layer has read
 // all of the layer before, of which no program wrote its part before it had read all of the layer before that.
 //
-// While a row is waited for, what memory gives stands in long queues. So whatever else a layer needs, its norms' scales
-// and its keys and values, is ordered long before. And the code is small: what does not fit a multiprocessor's cache of
+// A further warp, the supplier, orders all that the others read: their weights, at no more than a rate, as whatever is
+// ordered beyond what memory can give stands in queues, and with it the words that programs hand on; and, long before
+// they are needed, the norms' scales and the keys and values. So no warp waits at the copy engine. And the code is small: what does not fit a multiprocessor's cache of
 // instructions stands in the same queues, at every layer. So every map goes through the same few loops, told apart by
 // its kind.
 //
@@ -22,15 +23,15 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   STAGES of a warp's ring, IN_FLIGHT (stages of a program under way at once), SENTINEL (whether few words are looked
-//   at first), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
+//   STAGES of a warp's ring, PERIOD (cycles in which a program orders a stage), SENTINEL (whether few words are looked at
+//   first), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#define THREADS (WARPS * 32)
+#define THREADS (WARPS * 32)  // that multiply; the supplier's come after them
 #define CHUNK 1024           // inputs of a row in a stage of the ring
 #define STAGE (2 * CHUNK)    // numbers of a stage: two rows
 #define KV_STAGES 2
@@ -39,7 +40,10 @@ typedef long long i64;
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define NOTHING (-1e30f)     // the largest score of no keys
 
-static_assert(IN_FLIGHT >= WARPS, "every warp needs a stage under way");
+#define AT_ONCE 2            // stages that the supplier orders at most before it looks around
+#define SLACK (8 * PERIOD)   // cycles that it may make up for
+
+static_assert((WARPS & (WARPS - 1)) == 0 && WARPS <= 16, "the supplier has a lane for every warp, and two more");
 
 // What a map makes, in a layer's order. Those of even numbers multiply a normalised row.
 enum Kind { QUERY, CROSSED, HEAD, MIDDLE, GATE, END };
@@ -89,6 +93,22 @@ __device__ __forceinline__ uint4 load_words(const u32* at) {
 __device__ __forceinline__ void store_word(u32* at, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(word) : "memory");
 }
+// Warps tell the supplier what they have read.
+__device__ __forceinline__ void tell(u32* at, u32 count) {
+    asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" :: "r"(shared_address(at)), "r"(count) : "memory");
+}
+__device__ __forceinline__ u32 told(const u32* at) {
+    u32 count;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(count) : "r"(shared_address(at)) : "memory");
+    return count;
+}
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
+__device__ __forceinline__ u32 ballot(bool vote) { return __ballot_sync(~0u, vote); }
+__device__ __forceinline__ u32 cycles() {
+    u32 count;
+    asm volatile("mov.u32 %0, %clock;" : "=r"(count));
+    return count;
+}
 __device__ __forceinline__ void barrier_begin(u64* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(barrier)) : "memory");
 }
@@ -96,16 +116,6 @@ __device__ __forceinline__ void barriers_begun() { asm volatile("fence.proxy.asy
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ bool barrier_test(u64* barrier, u32 parity) {
-    u32 done;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-    return done;
 }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     asm volatile(
@@ -242,6 +252,7 @@ struct Shared {
     u64 full[WARPS * STAGES];
     u64 kv_full[KV_STAGES];
     u64 norm_full[NORMS];
+    u32 read[WARPS + 2];  // of every warp's stages, and by all warps of the stages of keys, and norms
     Map maps[MAPS];
     Layer layers[LAYERS];
     alignas(16) float angles[WIDTH];   // the position's cosines and sines, in turn
@@ -276,36 +287,171 @@ __device__ __forceinline__ Part part_of(int item, int held) {
     return part;
 }
 
-struct Program {
+// Where a thread is, and the token.
+struct Place {
+    int thread, warp, lane, cta, ctas;
+    int position, slot, held, capacity;
+
+    // Neighbouring units go to one warp and to one program, so that few writes bring their words; where there are fewer
+    // units than warps, to as many programs as there are.
+    __device__ __forceinline__ Span span_of(const Map& map, int warp) const {
+        int place = (map.each ? cta * WARPS + warp : warp * ctas + cta) - map.before;
+        if (place < 0) place += WARPS * ctas;
+        Span span;
+        span.unit = place * map.each + min(place, map.extra);
+        span.end = span.unit + map.each + (place < map.extra);
+        return span;
+    }
+};
+
+// The warp that orders what the others read: a lane for each of them, one for keys and values, and one for norms.
+struct Supplier : Place {
+    Shared& s;
+    u64 once, kept;
+    int ordered;  // by this lane
+    // The stage of the warp's ring to load next, and from where.
+    int map, units, inputs, left, stage;
+    const u16* from;
+    i64 other, jump;  // to the other row, and from a row's end to the next unit
+    int layer, item, block;  // of keys
+    int norm;                // by its place in the stack, of three a layer
+
+    __device__ Supplier(Shared& shared, const Place& place) : Place(place), s(shared) {}
+
+    // Go on to the next map of which the lane's warp has a unit.
+    __device__ __forceinline__ void next_map() {
+        left = 0;
+        while (++map < MAPS) {
+            const Map& next = s.maps[map];
+            Span span = span_of(next, lane);
+            if (span.unit >= span.end) continue;
+            bool gated = next.kind == GATE;
+            int rows = gated ? 1 : 2;  // from a unit to the next
+            units = span.end - span.unit;
+            left = inputs = next.inputs;
+            from = next.weight + (i64)span.unit * rows * inputs;
+            other = gated ? (i64)next.units * inputs : inputs;
+            jump = (rows - 1) * inputs;
+            return;
+        }
+    }
+
+    __device__ __forceinline__ void order_weights() {
+        int count = min(CHUNK, left), at = lane * STAGES + stage;
+        u64* barrier = s.full + at;
+        u16* to = s.ring + at * STAGE;
+        barrier_expect(barrier, 4 * count);
+        bulk_copy(to, from, 2 * count, barrier, once);
+        bulk_copy(to + CHUNK, from + other, 2 * count, barrier, once);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        from += count;
+        left -= count;
+        if (left > 0) return;
+        from += jump;
+        left = inputs;
+        if (--units == 0) next_map();
+    }
+
+    // Go on to the next block of keys that this program reads.
+    __device__ __forceinline__ void seek_keys() {
+#pragma unroll 1
+        while (layer < LAYERS && (item >= HEADS * SPLITS || block >= part_of(item, held).blocks)) {
+            block = 0;
+            item += ctas;
+            if (item >= HEADS * SPLITS) {
+                item = cta;
+                layer = cta < HEADS * SPLITS ? layer + 1 : LAYERS;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void order_keys() {
+        Part part = part_of(item, held);
+        int begin = part.begin + block * KEYS, at = ordered % KV_STAGES;
+        int count = min(KEYS, part.end - begin) * WIDTH;
+        i64 first = ((i64)(item / SPLITS) * capacity + begin) * WIDTH;
+        barrier_expect(s.kv_full + at, 4 * count);
+        bulk_copy(s.keys + at * KEYS * WIDTH, s.layers[layer].keys + first, 2 * count, s.kv_full + at, kept);
+        bulk_copy(s.values + at * KEYS * WIDTH, s.layers[layer].values + first, 2 * count, s.kv_full + at, kept);
+        block++;
+        seek_keys();
+    }
+
+    __device__ __forceinline__ const u16* scales_of(int norm) {
+        const Layer& of = s.layers[norm / 3];
+        return norm % 3 == 0 ? of.cross_norm : norm % 3 == 1 ? of.attention_norm : of.feed_norm;
+    }
+
+    __device__ __forceinline__ void order_norm() {
+        int at = ordered % NORMS;
+        // The first of a layer may be missing.
+        if (scales_of(norm) == nullptr) norm++;
+        barrier_expect(s.norm_full + at, 2 * DIM);
+        bulk_copy(s.norms + at * DIM, scales_of(norm++), 2 * DIM, s.norm_full + at, kept);
+    }
+
+    __device__ __forceinline__ void run() {
+        const bool is_keys = lane == WARPS, is_norms = lane == WARPS + 1;
+        // How much may be under way, and how many warps have to have read it.
+        const u32 room = is_keys ? KV_STAGES : is_norms ? NORMS : STAGES, readers = is_keys ? WARPS : 1;
+        ordered = left = stage = item = block = norm = 0;
+        map = -1;
+        layer = LAYERS;
+        once = once_policy();
+        kept = kept_policy();
+        if (lane < WARPS) next_map();
+        if (is_keys && cta < HEADS * SPLITS) {
+            item = cta;
+            layer = 0;
+            seek_keys();
+        }
+        u32 due = cycles();
+        int turn = 0;
+#pragma unroll 1
+        while (true) {
+            bool more = is_keys ? layer < LAYERS : is_norms ? norm < 3 * LAYERS : left > 0;
+            bool can = more && ordered * readers - told(s.read + (more ? lane : 0)) < room * readers;
+            u32 ready = ballot(can);
+            if (ready == 0) {
+                if (ballot(more) == 0) return;
+                continue;
+            }
+            if (lane >= WARPS && can) {
+                if (is_keys) order_keys();
+                else order_norm();
+                ordered++;
+            }
+            ready &= (1u << WARPS) - 1;
+            u32 now = cycles();
+            if (ready == 0 || (PERIOD > 0 && (int)(now - due) < 0)) continue;
+            // The first of those that are ready, from the one on whose turn it is.
+            u32 turned = ready >> turn | ready << (WARPS - turn);
+            u32 before = turned & ((1u << (lane - turn & WARPS - 1)) - 1);
+            if (lane < WARPS && can && __popc(before) < AT_ONCE) {
+                order_weights();
+                ordered++;
+            }
+            turn = turn + AT_ONCE & WARPS - 1;
+            if ((int)(now - due) > SLACK) due = now - SLACK;
+            due += PERIOD * min(AT_ONCE, __popc(ready));
+        }
+    }
+};
+
+// What the warps that multiply do.
+struct Program : Place {
     Shared& s;
     u32* exchange;
     const u16* input;
     u16 *output, *tap, *tap_row;
     u32 epoch;  // of this layer's words
     u32 launches;
-    u64 once, kept;
-    int thread, warp, lane, cta, ctas;
-    int position, slot, held, capacity;
     float eps;
-    // The warp's ring: what it loads next, and the stage that it reads next.
-    int load_map, load_units, load_inputs, load_left, load_stage;
-    const u16* load_from;
-    i64 load_other, load_jump;  // to the other row, and from a row's end to the next unit
-    int free;                   // stages that wait to be filled
-    int flying, flying_stage;   // stages under way, and the oldest of them
-    u32 flying_parity;
-    int stage;
-    u32 parity;
-    // The same for keys and values, of the program as a whole.
-    int kv_layer, kv_item, kv_block, kv_load_stage;
-    int kv_stage;
-    u32 kv_parity;
-    // Norms by their place in the stack: the next to load and the next to read.
-    int load_norm, norms_begun, norm;
-
+    int stage, kv_stage, norm;  // to read next
+    u32 parity, kv_parity;
     u64 waited;  // for weights, in cycles, by the first thread
 
-    __device__ Program(Shared& shared) : s(shared) {}
+    __device__ Program(Shared& shared, const Place& place) : Place(place), s(shared) {}
 
     __device__ __forceinline__ void stamp(int layer, Phase phase) {
 #if STAMPS
@@ -325,75 +471,6 @@ struct Program {
 
     __device__ __forceinline__ u32* words(int layer, int at) { return exchange + layer % 2 * LAYER_WORDS + at; }
 
-    // Neighbouring units go to one warp and to one program, so that few writes bring their words; where there are fewer
-    // units than warps, to as many programs as there are.
-    __device__ __forceinline__ Span span_of(const Map& map) {
-        int place = (map.each ? cta * WARPS + warp : warp * ctas + cta) - map.before;
-        if (place < 0) place += WARPS * ctas;
-        Span span;
-        span.unit = place * map.each + min(place, map.extra);
-        span.end = span.unit + map.each + (place < map.extra);
-        return span;
-    }
-
-    // Go on to the next map of which this warp has a unit.
-    __device__ __forceinline__ void next_map() {
-        load_left = 0;
-        while (++load_map < MAPS) {
-            const Map& map = s.maps[load_map];
-            Span span = span_of(map);
-            if (span.unit >= span.end) continue;
-            bool gated = map.kind == GATE;
-            int rows = gated ? 1 : 2;  // from a unit to the next
-            load_units = span.end - span.unit;
-            load_left = load_inputs = map.inputs;
-            load_from = map.weight + (i64)span.unit * rows * map.inputs;
-            load_other = gated ? (i64)map.units * map.inputs : map.inputs;
-            load_jump = (rows - 1) * map.inputs;
-            return;
-        }
-    }
-
-    // Begin to load a stage; for one lane.
-    __device__ __forceinline__ void load_next() {
-        int count = min(CHUNK, load_left), at = warp * STAGES + load_stage;
-        u64* barrier = s.full + at;
-        u16* to = s.ring + at * STAGE;
-        barrier_expect(barrier, 4 * count);
-        if (count == CHUNK && load_other == CHUNK) {
-            bulk_copy(to, load_from, 4 * CHUNK, barrier, once);
-        } else {
-            bulk_copy(to, load_from, 2 * count, barrier, once);
-            bulk_copy(to + CHUNK, load_from + load_other, 2 * count, barrier, once);
-        }
-        load_stage = load_stage + 1 == STAGES ? 0 : load_stage + 1;
-        load_from += count;
-        load_left -= count;
-        if (load_left > 0) return;
-        load_from += load_jump;
-        load_left = load_inputs;
-        if (--load_units == 0) next_map();
-    }
-
-    // Order what this warp may order now; wherever it waits. So many stages at once keep memory busy; more would only
-    // stand in the queues in which the exchange's words stand too.
-    __device__ __forceinline__ void order() {
-        if (lane != 0 || free == 0 || load_left == 0) return;
-        if (IN_FLIGHT < WARPS * STAGES) {
-            while (flying > 0 && barrier_test(s.full + warp * STAGES + flying_stage, flying_parity)) {
-                flying--;
-                if (++flying_stage == STAGES) {
-                    flying_stage = 0;
-                    flying_parity ^= 1;
-                }
-            }
-            if (flying >= IN_FLIGHT / WARPS + (warp < IN_FLIGHT % WARPS)) return;
-            flying++;
-        }
-        load_next();
-        free--;
-    }
-
     __device__ __forceinline__ void await_stage() {
 #if STAMPS
         u64 begun = clock64();
@@ -406,55 +483,11 @@ struct Program {
 
     __device__ __forceinline__ void stage_read() {
         __syncwarp();
-        free++;
-        order();
+        if (lane == 0) tell(s.read + warp, 1);
         if (++stage == STAGES) {
             stage = 0;
             parity ^= 1;
         }
-    }
-
-    // Go on to the next block of keys that this program reads.
-    __device__ __forceinline__ void kv_seek() {
-        while (kv_layer < LAYERS && (kv_item >= HEADS * SPLITS || kv_block >= part_of(kv_item, held).blocks)) {
-            kv_block = 0;
-            kv_item += ctas;
-            if (kv_item >= HEADS * SPLITS) {
-                kv_item = cta;
-                kv_layer++;
-                if (cta >= HEADS * SPLITS) kv_layer = LAYERS;
-            }
-        }
-    }
-
-    __device__ __forceinline__ void kv_load_next() {
-        if (kv_layer >= LAYERS) return;
-        Part part = part_of(kv_item, held);
-        int begin = part.begin + kv_block * KEYS;
-        int count = min(KEYS, part.end - begin) * WIDTH;
-        i64 from = ((i64)(kv_item / SPLITS) * capacity + begin) * WIDTH;
-        u64* barrier = s.kv_full + kv_load_stage;
-        barrier_expect(barrier, 4 * count);
-        bulk_copy(s.keys + kv_load_stage * KEYS * WIDTH, s.layers[kv_layer].keys + from, 2 * count, barrier, kept);
-        bulk_copy(s.values + kv_load_stage * KEYS * WIDTH, s.layers[kv_layer].values + from, 2 * count, barrier, kept);
-        kv_load_stage = kv_load_stage + 1 == KV_STAGES ? 0 : kv_load_stage + 1;
-        kv_block++;
-        kv_seek();
-    }
-
-    // Begin to load the scales of a norm; for one thread.
-    __device__ __forceinline__ void load_next_norm() {
-        // A layer has two or three.
-        const u16* from = nullptr;
-        while (from == nullptr) {
-            if (load_norm >= 3 * LAYERS) return;
-            const Layer& layer = s.layers[load_norm / 3];
-            int which = load_norm++ % 3;
-            from = which == 0 ? layer.cross_norm : which == 1 ? layer.attention_norm : layer.feed_norm;
-        }
-        int at = norms_begun++ % NORMS;
-        barrier_expect(s.norm_full + at, 2 * DIM);
-        bulk_copy(s.norms + at * DIM, from, 2 * DIM, s.norm_full + at, kept);
     }
 
     // Where a layer's words for a map's row lie, and where its results go.
@@ -508,11 +541,11 @@ struct Program {
             }
             // A few words first, where there are many: reading all of them again and again keeps others from theirs.
             if (SENTINEL && base == 0 && from != nullptr)
-                while (!is_there(load_words(from + 4 * min(thread & ~31, quarters - 1)), epoch)) order();
+                while (!is_there(load_words(from + 4 * min(thread & ~31, quarters - 1)), epoch)) {
+                }
             bool waits = from != nullptr;
             while (waits) {
                 waits = false;
-                order();
 #pragma unroll
                 for (int i = 0; i < batch; i++) {
                     int quarter = base + thread + i * THREADS;
@@ -547,10 +580,10 @@ struct Program {
             squares = warp_sum(squares);
             if (lane == 0) s.squares[warp] = squares;
         }
-        __syncthreads();
+        meet();
         if (!normalises) return 1.0f;
         norm++;
-        if (thread == THREADS - 1) load_next_norm();
+        if (thread == 0) tell(s.read + WARPS + 1, 1);
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < WARPS; i++) total += s.squares[i];
@@ -609,7 +642,7 @@ struct Program {
 
     // This warp's units of a map, of the row that was taken last.
     __device__ __forceinline__ void multiply(const Map& map, float scale, int layer) {
-        const Span span = span_of(map);
+        const Span span = span_of(map, warp);
         const int kind = map.kind, half = (kind % 2 ? MOST : DIM) / 8;
         const uint4* row = (kind % 2 ? s.row.halves[0] : s.normalised.halves[0]) + lane;
         const bool ends = kind == END && layer == LAYERS - 1;
@@ -664,12 +697,11 @@ struct Program {
             int which = thread / (WIDTH / 4), quarter = thread % (WIDTH / 4);
             uint4 v = make_uint4(0, 0, 0, 0);
             while (!is_there(v, epoch)) {
-                order();
                 v = load_words(from + which * DIM + 4 * quarter);
             }
             ((float4*)s.heads)[thread] = opened4(v);
         }
-        __syncthreads();
+        meet();
     }
 
     // One part of one head's attention over the cache, which takes the new key and value.
@@ -744,14 +776,11 @@ struct Program {
 #pragma unroll
                 for (int j = 0; j < 8; j++) sums[j] = fmaf(share, v[turn][j], sums[j]);
             }
+            __syncwarp();
+            if (lane == 0) tell(s.read + WARPS, 1);
             if (++kv_stage == KV_STAGES) {
                 kv_stage = 0;
                 kv_parity ^= 1;
-            }
-            // The last ones are filled anew below, where the warps meet in any case.
-            if (block + KV_STAGES < part.blocks) {
-                __syncthreads();
-                if (thread == THREADS - 1) kv_load_next();
             }
         }
         if (warp == 0 && lane < lanes && slot >= part.begin && slot < part.end) {
@@ -778,7 +807,7 @@ struct Program {
             for (int j = 0; j < 8; j++) s.merged[warp * WIDTH + e + j] = sums[j];
         }
         if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = mass;
-        __syncthreads();
+        meet();
         if (thread < WIDTH) {
             float largest = NOTHING, total = 0.0f, all = 0.0f;
 #pragma unroll
@@ -793,9 +822,7 @@ struct Program {
             if (thread < 2)
                 store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
         }
-        if (thread == THREADS - 1)
-            for (int block = max(0, part.blocks - KV_STAGES); block < part.blocks; block++) kv_load_next();
-        __syncthreads();
+        meet();
     }
 
     // Join the parts of all heads to the row.
@@ -809,20 +836,24 @@ struct Program {
             for (int i = 0; i < SPLITS; i++) v[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int i = 0; i < SPLITS / 2; i++) t[i] = make_uint4(0, 0, 0, 0);
+            // First the few words that were written last.
             bool waits = true;
             while (waits) {
                 waits = false;
-                order();
-#pragma unroll
-                for (int i = 0; i < SPLITS; i++)
-                    if (!is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
 #pragma unroll
                 for (int i = 0; i < SPLITS / 2; i++)
                     if (!is_there(t[i], epoch)) t[i] = load_words(stats + 2 * head * SPLITS + 4 * i);
 #pragma unroll
-                for (int i = 0; i < SPLITS; i++) waits |= !is_there(v[i], epoch);
-#pragma unroll
                 for (int i = 0; i < SPLITS / 2; i++) waits |= !is_there(t[i], epoch);
+            }
+            waits = true;
+            while (waits) {
+                waits = false;
+#pragma unroll
+                for (int i = 0; i < SPLITS; i++)
+                    if (!is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
+#pragma unroll
+                for (int i = 0; i < SPLITS; i++) waits |= !is_there(v[i], epoch);
             }
             float largest = NOTHING;
 #pragma unroll
@@ -842,7 +873,7 @@ struct Program {
             total = make_float4(total.x * over, total.y * over, total.z * over, total.w * over);
             s.row.halves[quarter & 1][quarter >> 1] = split(total);
         }
-        __syncthreads();
+        meet();
     }
 
     __device__ __forceinline__ void run() {
@@ -882,63 +913,56 @@ struct Program {
 // maps [MAPS], layers [LAYERS] and exchange [2 * LAYER_WORDS] lie in global memory; state [2] holds how many
 // launches there have been and how many programs of this one have ended; input and output are [DIM]; rotary are the
 // cosines and sines [positions, WIDTH / 2, 2]. The output of layer TAP goes to tap [DIM] and to a row of taps.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, const u16* input, u16* output,
                const i64* position, const float* rotary, u16* tap, u16* taps, const i64* tap_row, int capacity,
                float eps) {
     Shared& s = *(Shared*)shared_memory;
-    Program p(s);
-    p.thread = threadIdx.x;
-    p.warp = threadIdx.x / 32;
-    p.lane = threadIdx.x % 32;
-    p.cta = blockIdx.x;
-    p.ctas = gridDim.x;
-    for (int i = p.thread; i < MAPS; i += THREADS) s.maps[i] = maps[i];
-    for (int i = p.thread; i < LAYERS; i += THREADS) s.layers[i] = layers[i];
-    if (p.thread < WIDTH) s.angles[p.thread] = rotary[*position * WIDTH + p.thread];
-    if (p.thread == 0) {
+    Place place;
+    place.thread = threadIdx.x;
+    place.warp = threadIdx.x / 32;
+    place.lane = threadIdx.x % 32;
+    place.cta = blockIdx.x;
+    place.ctas = gridDim.x;
+    place.capacity = capacity;
+    place.position = (int)*position;
+    place.slot = place.position % capacity;
+    place.held = min(place.position + 1, capacity);
+#pragma unroll 1
+    for (int i = place.thread; i < MAPS; i += THREADS + 32) s.maps[i] = maps[i];
+#pragma unroll 1
+    for (int i = place.thread; i < LAYERS; i += THREADS + 32) s.layers[i] = layers[i];
+    if (place.thread < WIDTH) s.angles[place.thread] = rotary[place.position * WIDTH + place.thread];
+    if (place.thread < WARPS + 2) s.read[place.thread] = 0;
+    if (place.thread == 0) {
+#pragma unroll 1
         for (int i = 0; i < WARPS * STAGES; i++) barrier_begin(s.full + i);
         for (int i = 0; i < KV_STAGES; i++) barrier_begin(s.kv_full + i);
         for (int i = 0; i < NORMS; i++) barrier_begin(s.norm_full + i);
         barriers_begun();
     }
+    const u32 launches = *(volatile u32*)state;
+    __syncthreads();
+    if (place.warp == WARPS) {
+        Supplier(s, place).run();
+        return;
+    }
+    Program p(s, place);
     p.exchange = exchange;
     p.input = input;
     p.output = output;
     p.tap = tap;
     p.tap_row = TAP < 0 ? tap : taps + *tap_row * DIM;
-    p.launches = *(volatile u32*)state;
+    p.launches = launches;
     p.epoch = 0;
-    p.once = once_policy();
-    p.kept = kept_policy();
-    p.capacity = capacity;
-    p.position = (int)*position;
-    p.slot = p.position % capacity;
-    p.held = min(p.position + 1, capacity);
     p.eps = eps;
-    p.load_stage = p.load_left = p.stage = p.flying = p.flying_stage = 0;
-    p.free = STAGES;
-    p.flying_parity = 0;
-    p.load_map = -1;
+    p.stage = p.kv_stage = p.norm = 0;
     p.parity = p.kv_parity = 0;
-    p.kv_layer = p.kv_block = p.kv_load_stage = p.kv_stage = 0;
-    p.kv_item = p.cta;
-    p.load_norm = p.norms_begun = p.norm = 0;
     p.waited = 0;
-    __syncthreads();
-    if (p.thread == THREADS - 1) {
-        for (int i = 0; i < NORMS; i++) p.load_next_norm();
-        if (p.cta >= HEADS * SPLITS) p.kv_layer = LAYERS;
-        p.kv_seek();
-        for (int i = 0; i < KV_STAGES; i++) p.kv_load_next();
-    }
-    if (p.lane == 0) p.next_map();
-#pragma unroll 1
-    for (int i = 0; i < STAGES; i++) p.order();
     p.run();
-    if (p.thread == 0) {
+    if (place.thread == 0) {
         u32 ended = atomicAdd(state + 1, 1u);
-        if (ended == p.ctas - 1) {
+        if (ended == place.ctas - 1) {
             state[1] = 0;
             *(volatile u32*)state += 1;
         }

@@ -84,16 +84,16 @@ _LAYER = np.dtype(
 class Manner:
     """How a stack goes about it, which changes nothing of what it computes but the order of sums."""
 
-    in_flight: int
-    """Stages of a program that are under way at once."""
+    period: int
+    """Cycles in which a program orders a stage of weights; 0 for as soon as there is room."""
     sentinel: bool
     """Whether programs look at few words of a row before they read all."""
     stamps: bool = False
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(in_flight=16, sentinel=False)
-_WIDE = Manner(in_flight=16, sentinel=False)
+_NARROW = Manner(period=256, sentinel=False)
+_WIDE = Manner(period=256, sentinel=False)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -131,6 +131,7 @@ class Sizes:
             + 4 * self.dim
             + 32
             + 8 * 4
+            + 4 * (self.warps + 2)
             + _MAP.itemsize * self.maps
             + _LAYER.itemsize * self.layers
         )
@@ -150,7 +151,7 @@ class Sizes:
             "WARPS": self.warps,
             "STAGES": self.stages,
             "TAP": self.tap,
-            "IN_FLIGHT": self.manner.in_flight,
+            "PERIOD": self.manner.period,
             "SENTINEL": int(self.manner.sentinel),
             "STAMPS": int(self.manner.stamps),
             "BFLOAT16": int(self.is_bfloat16),
@@ -430,7 +431,7 @@ def _launch(
     function, shared = kernel
     _checked(
         driver.cuLaunchCooperativeKernel(
-            function, programs, 1, 1, 32 * warps, 1, 1, shared, stream.cuda_stream, (arguments, ARGUMENTS)
+            function, programs, 1, 1, 32 * (warps + 1), 1, 1, shared, stream.cuda_stream, (arguments, ARGUMENTS)
         )
     )
 
