@@ -61,8 +61,7 @@ struct Fiber {
 
 struct Copy { void* to; const void* from; uint32_t bytes; };
 struct Barrier {
-    uint32_t phase = 0, expected = 0;
-    bool arrived = false;
+    uint32_t arrivals = 0, phase = 0, arrived = 0, expected = 0;
     std::vector<Copy> copies;
 };
 
@@ -186,27 +185,8 @@ inline float shuffle_xor(float value, int mask) {
     return other;
 }
 
-inline uint32_t ballot(bool vote) {
-    int warp = threadIdx.x / 32;
-    std::vector<float>& lanes = emulated::current->shared->lanes[warp];
-    lanes[threadIdx.x % 32] = vote;
-    __syncwarp();
-    uint32_t all = 0;
-    for (int i = 0; i < 32; i++) all |= (uint32_t)lanes[i] << i;
-    __syncwarp();
-    return all;
-}
-inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline uint32_t cycles() { return emulated::clock += emulated::random_numbers() % 1000; }
 
-inline void tell(uint32_t* at, uint32_t count) {
-    *at += count;
-    emulated::steps++;
-}
-inline uint32_t told(const uint32_t* at) {
-    emulated::yield();
-    return *at;
-}
 inline uint4 load_words(const uint32_t* at) {
     emulated::yield();
     emulated::require((uintptr_t)at % 16 == 0, "words are read from an address that is no multiple of 16");
@@ -219,27 +199,31 @@ inline void store_word(uint32_t* at, uint32_t word) {
     emulated::steps++;
 }
 
-inline void barrier_begin(unsigned long long* barrier) { emulated::barriers[barrier] = {}; }
-inline void barriers_begun() {}
-inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) {
-    emulated::Barrier& at = emulated::barriers.at(barrier);
-    emulated::require(!at.arrived, "a stage is filled before it was read");
-    at.arrived = true;
-    at.expected = bytes;
+inline void barrier_begin(unsigned long long* barrier, uint32_t arrivals) {
+    emulated::barriers[barrier] = {arrivals};
 }
-// Whether a phase has ended; copies that can land do, some of the times.
-inline bool barrier_test(unsigned long long* barrier, uint32_t parity) {
+inline void barriers_begun() {}
+inline void barrier_arrive(unsigned long long* barrier, uint32_t bytes = 0) {
     emulated::Barrier& at = emulated::barriers.at(barrier);
+    emulated::require(at.arrived < at.arrivals, "a stage is filled before it was read, or read twice");
+    at.arrived++;
+    at.expected += bytes;
+    emulated::steps++;
+}
+inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) { barrier_arrive(barrier, bytes); }
+// Whether a phase has ended; copies that can land do, some of the times.
+inline bool barrier_test(const unsigned long long* barrier, uint32_t parity) {
+    emulated::Barrier& at = emulated::barriers.at((void*)barrier);
     if (at.phase != parity) return true;
     uint32_t bytes = 0;
     for (auto& copy : at.copies) bytes += copy.bytes;
-    if (!at.arrived || bytes != at.expected || emulated::random_numbers() % 2) {
+    if (at.arrived < at.arrivals || bytes != at.expected || emulated::random_numbers() % 2) {
         emulated::yield();
         return at.phase != parity;
     }
     for (auto& copy : at.copies) std::memcpy(copy.to, copy.from, copy.bytes);
     at.copies.clear();
-    at.arrived = false;
+    at.arrived = at.expected = 0;
     at.phase ^= 1;
     emulated::steps++;
     return true;

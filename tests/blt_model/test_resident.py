@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused() -> None:
         )
     assert small.fit()
     assert not huge.fit()
-    assert huge.sizes().stages < 2
+    assert huge.sizes().slots < 2
     odd = replace(SMALL, num_heads=8, num_kv_heads=4)
     assert not resident.fits(odd)
 

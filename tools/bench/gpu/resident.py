@@ -169,7 +169,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     """Times of all manners, the quickest first."""
     ways = [
         resident.Manner(period=period, sentinel=sentinel)
-        for period in (0, 128, 192, 224, 256, 288, 320)
+        for period in (0, 256, 384, 448, 512, 576, 640)
         for sentinel in (False, True)
     ]
     at = positions(stacks, run)

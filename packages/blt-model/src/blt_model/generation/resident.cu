@@ -2,18 +2,20 @@
 //
 // At one token a step costs what reading the weights costs, if reading never stops. Between kernels it does: each waits
 // for the row that the one before it makes. Here the programs stay for the whole stack, one to a multiprocessor, and
-// every warp has a ring of weights in shared memory that the copy engine keeps filling, in the order in which the warp
-// will need them, through all maps of all layers. What programs hand to each other goes through level 2 cache, word by
-// word: the two lowest bits of every float32 say which use of its place it belongs to, so a reader knows by the word
-// itself that it is there, and nothing else is waited for. Layers take turns at two sets of places, so that these stay
-// in the cache. That is safe if every program has a unit of every gated map: a program that writes in a layer has read
-// all of the layer before, of which no program wrote its part before it had read all of the layer before that.
+// each has a ring of slots in shared memory that the copy engine keeps filling with the program's rows of weights, in
+// the order in which they are needed, through all maps of all layers. What programs hand to each other goes through
+// level 2 cache, word by word: the two lowest bits of every float32 say which use of its place it belongs to, so a
+// reader knows by the word itself that it is there, and nothing else is waited for. Layers take turns at two sets of
+// places, so that these stay in the cache. That is safe if every program has a unit of every gated map: a program that
+// writes in a layer has read all of the layer before, of which no program wrote its part before it had read all of the
+// layer before that.
 //
-// A further warp, the supplier, orders all that the others read: their weights, at no more than a rate, as whatever is
+// A further warp, the supplier, orders all that the others read, as whoever orders waits at the copy engine: weights in
+// large pieces, since a piece costs the engine as much as hundreds of bytes, and at no more than a rate, as whatever is
 // ordered beyond what memory can give stands in queues, and with it the words that programs hand on; and, long before
-// they are needed, the norms' scales and the keys and values. So no warp waits at the copy engine. And the code is small: what does not fit a multiprocessor's cache of
-// instructions stands in the same queues, at every layer. So every map goes through the same few loops, told apart by
-// its kind.
+// they are needed, the norms' scales and the keys and values. And the code is small: what does not fit a
+// multiprocessor's cache of instructions stands in the same queues, at every layer. So every map goes through the same
+// few loops, told apart by its kind.
 //
 // Products are taken by the matrix units, which at one token have little to do: a lane's eight weights of a row are a
 // column of its own, multiplied by the eight inputs at the same places, so that of each result only the diagonal is of
@@ -23,8 +25,8 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   STAGES of a warp's ring, PERIOD (cycles in which a program orders a stage), SENTINEL (whether few words are looked at
-//   first), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
+//   SLOTS of a program's ring and SLOT (bytes of each), PERIOD (cycles in which a program orders a piece of weights), SENTINEL
+//   (whether few words are looked at first), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -32,18 +34,15 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #define THREADS (WARPS * 32)  // that multiply; the supplier's come after them
-#define CHUNK 1024           // inputs of a row in a stage of the ring
-#define STAGE (2 * CHUNK)    // numbers of a stage: two rows
+#define PIECE 8192           // bytes of weights that are ordered at once
+#define AHEAD 4              // turns of a row whose weights are read before they are multiplied
 #define KV_STAGES 2
 #define NORMS 2              // whose scales are under way at once
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define NOTHING (-1e30f)     // the largest score of no keys
 
-#define AT_ONCE 2            // stages that the supplier orders at most before it looks around
-#define SLACK (8 * PERIOD)   // cycles that it may make up for
-
-static_assert((WARPS & (WARPS - 1)) == 0 && WARPS <= 16, "the supplier has a lane for every warp, and two more");
+#define SLACK (2 * PERIOD)   // cycles that the supplier may make up for
 
 // What a map makes, in a layer's order. Those of even numbers multiply a normalised row.
 enum Kind { QUERY, CROSSED, HEAD, MIDDLE, GATE, END };
@@ -52,11 +51,13 @@ enum Kind { QUERY, CROSSED, HEAD, MIDDLE, GATE, END };
 struct Map {
     const u16* weight;
     int units, inputs, kind;
-    int each, extra;  // units of every warp, and how many warps have one more
-    int before;       // where the warps that have one more begin
+    int each, extra;  // units of every program, and how many programs have one more
+    int before;       // where the programs that have one more begin
+    int most;         // units of a slot
+    int unused;
 };
 
-// Units of a warp.
+// Units of a program.
 struct Span {
     int unit, end;
 };
@@ -93,29 +94,32 @@ __device__ __forceinline__ uint4 load_words(const u32* at) {
 __device__ __forceinline__ void store_word(u32* at, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(word) : "memory");
 }
-// Warps tell the supplier what they have read.
-__device__ __forceinline__ void tell(u32* at, u32 count) {
-    asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" :: "r"(shared_address(at)), "r"(count) : "memory");
-}
-__device__ __forceinline__ u32 told(const u32* at) {
-    u32 count;
-    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(count) : "r"(shared_address(at)) : "memory");
-    return count;
-}
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
-__device__ __forceinline__ u32 ballot(bool vote) { return __ballot_sync(~0u, vote); }
 __device__ __forceinline__ u32 cycles() {
     u32 count;
     asm volatile("mov.u32 %0, %clock;" : "=r"(count));
     return count;
 }
-__device__ __forceinline__ void barrier_begin(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_begin(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void barriers_begun() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ bool barrier_test(const u64* barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return done;
 }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
     asm volatile(
@@ -237,7 +241,7 @@ struct Row {
 
 // Shared memory of a program.
 struct Shared {
-    u16 ring[WARPS * STAGES * STAGE];
+    alignas(128) u16 ring[SLOTS * SLOT / 2];
     u16 keys[KV_STAGES * KEYS * WIDTH];
     u16 values[KV_STAGES * KEYS * WIDTH];
     u16 norms[NORMS * DIM];
@@ -249,16 +253,15 @@ struct Shared {
     float merged[WARPS * WIDTH];
     float merged_stats[WARPS * 2];
     float squares[WARPS];
-    u64 full[WARPS * STAGES];
-    u64 kv_full[KV_STAGES];
-    u64 norm_full[NORMS];
-    u32 read[WARPS + 2];  // of every warp's stages, and by all warps of the stages of keys, and norms
+    u64 full[SLOTS], empty[SLOTS];
+    u64 kv_full[KV_STAGES], kv_empty[KV_STAGES];
+    u64 norm_full[NORMS], norm_empty[NORMS];
     Map maps[MAPS];
     Layer layers[LAYERS];
     alignas(16) float angles[WIDTH];   // the position's cosines and sines, in turn
 };
 
-static_assert(STAGES >= 2, "with one stage a warp would wait for what it has not ordered");
+static_assert(SLOTS >= 2 && SLOT >= 4 * MOST, "there is room for too few rows of weights");
 static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for this");
 
 // For the host.
@@ -290,13 +293,12 @@ __device__ __forceinline__ Part part_of(int item, int held) {
 // Where a thread is, and the token.
 struct Place {
     int thread, warp, lane, cta, ctas;
-    int position, slot, held, capacity;
+    int position, written, held, capacity;  // written: the place in the cache that takes the token
 
-    // Neighbouring units go to one warp and to one program, so that few writes bring their words; where there are fewer
-    // units than warps, to as many programs as there are.
-    __device__ __forceinline__ Span span_of(const Map& map, int warp) const {
-        int place = (map.each ? cta * WARPS + warp : warp * ctas + cta) - map.before;
-        if (place < 0) place += WARPS * ctas;
+    // A program's units are neighbours, so that they lie in one piece, and few writes bring their words.
+    __device__ __forceinline__ Span span_of(const Map& map) const {
+        int place = cta - map.before;
+        if (place < 0) place += ctas;
         Span span;
         span.unit = place * map.each + min(place, map.extra);
         span.end = span.unit + map.each + (place < map.extra);
@@ -304,52 +306,68 @@ struct Place {
     }
 };
 
-// The warp that orders what the others read: a lane for each of them, one for keys and values, and one for norms.
+// The order in which stages of a ring are used.
+struct Turn {
+    int stage = 0;
+    u32 parity = 0;
+
+    template <int COUNT>
+    __device__ __forceinline__ void next() {
+        if (++stage == COUNT) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The thread that orders what the others read.
 struct Supplier : Place {
     Shared& s;
     u64 once, kept;
-    int ordered;  // by this lane
-    // The stage of the warp's ring to load next, and from where.
-    int map, units, inputs, left, stage;
-    const u16* from;
-    i64 other, jump;  // to the other row, and from a row's end to the next unit
+    // Weights: the next units to order, the slot that they go to, and what of a slot that was begun is still to order.
+    int map, unit, end;
+    Turn slot;
+    u16* to;
+    const u16 *from, *then;       // first the neighbours or the gates, then the values
+    int bytes, then_bytes;
     int layer, item, block;  // of keys
-    int norm;                // by its place in the stack, of three a layer
+    Turn keys;
+    int norm;  // by its place in the stack, of three a layer
+    Turn norms;
 
     __device__ Supplier(Shared& shared, const Place& place) : Place(place), s(shared) {}
 
-    // Go on to the next map of which the lane's warp has a unit.
     __device__ __forceinline__ void next_map() {
-        left = 0;
-        while (++map < MAPS) {
-            const Map& next = s.maps[map];
-            Span span = span_of(next, lane);
-            if (span.unit >= span.end) continue;
-            bool gated = next.kind == GATE;
-            int rows = gated ? 1 : 2;  // from a unit to the next
-            units = span.end - span.unit;
-            left = inputs = next.inputs;
-            from = next.weight + (i64)span.unit * rows * inputs;
-            other = gated ? (i64)next.units * inputs : inputs;
-            jump = (rows - 1) * inputs;
-            return;
-        }
+        if (++map == MAPS) return;
+        Span span = span_of(s.maps[map]);
+        unit = span.unit;
+        end = span.end;
     }
 
-    __device__ __forceinline__ void order_weights() {
-        int count = min(CHUNK, left), at = lane * STAGES + stage;
-        u64* barrier = s.full + at;
-        u16* to = s.ring + at * STAGE;
-        barrier_expect(barrier, 4 * count);
-        bulk_copy(to, from, 2 * count, barrier, once);
-        bulk_copy(to + CHUNK, from + other, 2 * count, barrier, once);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        from += count;
-        left -= count;
-        if (left > 0) return;
-        from += jump;
-        left = inputs;
-        if (--units == 0) next_map();
+    __device__ __forceinline__ void begin_slot() {
+        const Map& of = s.maps[map];
+        int count = min(of.most, end - unit), rows = of.kind == GATE ? 1 : 2;
+        from = of.weight + (i64)unit * rows * of.inputs;
+        then = from + (i64)of.units * of.inputs;
+        bytes = 2 * rows * count * of.inputs;
+        then_bytes = rows == 1 ? bytes : 0;
+        to = s.ring + slot.stage * (SLOT / 2);
+        barrier_expect(s.full + slot.stage, bytes + then_bytes);
+        unit += count;
+        while (map < MAPS && unit >= end) next_map();
+    }
+
+    __device__ __forceinline__ void order_piece() {
+        int count = min(PIECE, bytes);
+        bulk_copy(to, from, count, s.full + slot.stage, once);
+        to += count / 2;
+        from += count / 2;
+        bytes -= count;
+        if (bytes > 0) return;
+        from = then;
+        bytes = then_bytes;
+        then_bytes = 0;
+        if (bytes == 0) slot.next<SLOTS>();
     }
 
     // Go on to the next block of keys that this program reads.
@@ -367,12 +385,13 @@ struct Supplier : Place {
 
     __device__ __forceinline__ void order_keys() {
         Part part = part_of(item, held);
-        int begin = part.begin + block * KEYS, at = ordered % KV_STAGES;
+        int begin = part.begin + block * KEYS, at = keys.stage;
         int count = min(KEYS, part.end - begin) * WIDTH;
         i64 first = ((i64)(item / SPLITS) * capacity + begin) * WIDTH;
         barrier_expect(s.kv_full + at, 4 * count);
         bulk_copy(s.keys + at * KEYS * WIDTH, s.layers[layer].keys + first, 2 * count, s.kv_full + at, kept);
         bulk_copy(s.values + at * KEYS * WIDTH, s.layers[layer].values + first, 2 * count, s.kv_full + at, kept);
+        keys.next<KV_STAGES>();
         block++;
         seek_keys();
     }
@@ -383,57 +402,38 @@ struct Supplier : Place {
     }
 
     __device__ __forceinline__ void order_norm() {
-        int at = ordered % NORMS;
         // The first of a layer may be missing.
         if (scales_of(norm) == nullptr) norm++;
-        barrier_expect(s.norm_full + at, 2 * DIM);
-        bulk_copy(s.norms + at * DIM, scales_of(norm++), 2 * DIM, s.norm_full + at, kept);
+        barrier_expect(s.norm_full + norms.stage, 2 * DIM);
+        bulk_copy(s.norms + norms.stage * DIM, scales_of(norm++), 2 * DIM, s.norm_full + norms.stage, kept);
+        norms.next<NORMS>();
     }
 
     __device__ __forceinline__ void run() {
-        const bool is_keys = lane == WARPS, is_norms = lane == WARPS + 1;
-        // How much may be under way, and how many warps have to have read it.
-        const u32 room = is_keys ? KV_STAGES : is_norms ? NORMS : STAGES, readers = is_keys ? WARPS : 1;
-        ordered = left = stage = item = block = norm = 0;
-        map = -1;
-        layer = LAYERS;
         once = once_policy();
         kept = kept_policy();
-        if (lane < WARPS) next_map();
-        if (is_keys && cta < HEADS * SPLITS) {
+        bytes = then_bytes = item = block = norm = 0;
+        map = -1;
+        unit = end = 0;
+        while (map < MAPS && unit >= end) next_map();
+        layer = LAYERS;
+        if (cta < HEADS * SPLITS) {
             item = cta;
             layer = 0;
             seek_keys();
         }
         u32 due = cycles();
-        int turn = 0;
+        // Stages are empty at first, as if they had been read before.
 #pragma unroll 1
-        while (true) {
-            bool more = is_keys ? layer < LAYERS : is_norms ? norm < 3 * LAYERS : left > 0;
-            bool can = more && ordered * readers - told(s.read + (more ? lane : 0)) < room * readers;
-            u32 ready = ballot(can);
-            if (ready == 0) {
-                if (ballot(more) == 0) return;
-                continue;
-            }
-            if (lane >= WARPS && can) {
-                if (is_keys) order_keys();
-                else order_norm();
-                ordered++;
-            }
-            ready &= (1u << WARPS) - 1;
+        while (bytes > 0 || map < MAPS || layer < LAYERS || norm < 3 * LAYERS) {
+            if (norm < 3 * LAYERS && barrier_test(s.norm_empty + norms.stage, norms.parity ^ 1)) order_norm();
+            if (layer < LAYERS && barrier_test(s.kv_empty + keys.stage, keys.parity ^ 1)) order_keys();
+            if (bytes == 0 && map < MAPS && barrier_test(s.empty + slot.stage, slot.parity ^ 1)) begin_slot();
             u32 now = cycles();
-            if (ready == 0 || (PERIOD > 0 && (int)(now - due) < 0)) continue;
-            // The first of those that are ready, from the one on whose turn it is.
-            u32 turned = ready >> turn | ready << (WARPS - turn);
-            u32 before = turned & ((1u << (lane - turn & WARPS - 1)) - 1);
-            if (lane < WARPS && can && __popc(before) < AT_ONCE) {
-                order_weights();
-                ordered++;
-            }
-            turn = turn + AT_ONCE & WARPS - 1;
+            if (bytes == 0 || (PERIOD > 0 && (int)(now - due) < 0)) continue;
+            order_piece();
             if ((int)(now - due) > SLACK) due = now - SLACK;
-            due += PERIOD * min(AT_ONCE, __popc(ready));
+            due += PERIOD;
         }
     }
 };
@@ -447,8 +447,7 @@ struct Program : Place {
     u32 epoch;  // of this layer's words
     u32 launches;
     float eps;
-    int stage, kv_stage, norm;  // to read next
-    u32 parity, kv_parity;
+    Turn slot, block, norm;  // to read next
     u64 waited;  // for weights, in cycles, by the first thread
 
     __device__ Program(Shared& shared, const Place& place) : Place(place), s(shared) {}
@@ -471,23 +470,20 @@ struct Program : Place {
 
     __device__ __forceinline__ u32* words(int layer, int at) { return exchange + layer % 2 * LAYER_WORDS + at; }
 
-    __device__ __forceinline__ void await_stage() {
+    __device__ __forceinline__ void await_slot() {
 #if STAMPS
         u64 begun = clock64();
 #endif
-        barrier_wait(s.full + warp * STAGES + stage, parity);
+        barrier_wait(s.full + slot.stage, slot.parity);
 #if STAMPS
         waited += clock64() - begun;
 #endif
     }
 
-    __device__ __forceinline__ void stage_read() {
+    __device__ __forceinline__ void slot_read() {
         __syncwarp();
-        if (lane == 0) tell(s.read + warp, 1);
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
+        if (lane == 0) barrier_arrive(s.empty + slot.stage);
+        slot.next<SLOTS>();
     }
 
     // Where a layer's words for a map's row lie, and where its results go.
@@ -509,7 +505,7 @@ struct Program : Place {
         static_assert(turns <= batch, "a row of the stream is taken at once");
         const int quarters = (kind == END ? HIDDEN : DIM) / 4;
         const bool normalises = kind % 2 == 0;
-        if (normalises) barrier_wait(s.norm_full + norm % NORMS, norm / NORMS % 2);
+        if (normalises) barrier_wait(s.norm_full + norm.stage, norm.parity);
 #if VECTORS > 0
         // On their way while the queries are waited for.
         uint2 keys[turns][VECTORS], values[turns][VECTORS];
@@ -569,7 +565,7 @@ struct Program : Place {
                     // The words that these are needed for have been written if the ones in their place have come.
                     ((float4*)s.residual)[quarter] = x;
                     squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-                    uint2 scale = ((const uint2*)(s.norms + norm % NORMS * DIM))[quarter];
+                    uint2 scale = ((const uint2*)(s.norms + norm.stage * DIM))[quarter];
                     x = make_float4(x.x * low_number(scale.x), x.y * high_number(scale.x), x.z * low_number(scale.y),
                                     x.w * high_number(scale.y));
                     s.normalised.halves[quarter & 1][quarter >> 1] = split(x);
@@ -582,8 +578,8 @@ struct Program : Place {
         }
         meet();
         if (!normalises) return 1.0f;
-        norm++;
-        if (thread == 0) tell(s.read + WARPS + 1, 1);
+        if (thread == 0) barrier_arrive(s.norm_empty + norm.stage);
+        norm.next<NORMS>();
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < WARPS; i++) total += s.squares[i];
@@ -618,76 +614,92 @@ struct Program : Place {
     }
 #endif
 
-    // Multiply a stage's two rows, or what is left of them, by a row's inputs.
+    // Multiply some turns of two rows by their inputs.
     template <bool WHOLE>
-    __device__ __forceinline__ void multiply_stage(float (*sums)[4], const uint4* x, int half, int left) {
-        const uint4* rows = (const uint4*)(s.ring + (warp * STAGES + stage) * STAGE) + lane;
-        uint4 one[CHUNK / 256], two[CHUNK / 256], first[CHUNK / 256], second[CHUNK / 256];
+    __device__ __forceinline__ void multiply_turns(float (*sums)[4], const uint4* one, const uint4* two, const uint4* x,
+                                                   const uint4* other_x, int left) {
+        uint4 rows[AHEAD][2], inputs[AHEAD][2];
 #pragma unroll
-        for (int i = 0; i < CHUNK / 256; i++) {
-            one[i] = two[i] = first[i] = second[i] = make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < AHEAD; i++) {
+            if (!WHOLE) rows[i][0] = rows[i][1] = inputs[i][0] = inputs[i][1] = make_uint4(0, 0, 0, 0);
             if (WHOLE || lane + 32 * i < left) {
-                one[i] = rows[32 * i], two[i] = rows[CHUNK / 8 + 32 * i];
-                first[i] = x[32 * i], second[i] = x[half + 32 * i];
+                rows[i][0] = one[32 * i], rows[i][1] = two[32 * i];
+                inputs[i][0] = x[32 * i], inputs[i][1] = other_x[32 * i];
             }
         }
 #pragma unroll
-        for (int i = 0; i < CHUNK / 256; i++) {
-            multiply_tile(sums[0], first[i], one[i].x, one[i].y);
-            multiply_tile(sums[1], first[i], two[i].x, two[i].y);
-            multiply_tile(sums[2], second[i], one[i].z, one[i].w);
-            multiply_tile(sums[3], second[i], two[i].z, two[i].w);
+        for (int i = 0; i < AHEAD; i++) {
+            multiply_tile(sums[0], inputs[i][0], rows[i][0].x, rows[i][0].y);
+            multiply_tile(sums[1], inputs[i][0], rows[i][1].x, rows[i][1].y);
+            multiply_tile(sums[2], inputs[i][1], rows[i][0].z, rows[i][0].w);
+            multiply_tile(sums[3], inputs[i][1], rows[i][1].z, rows[i][1].w);
         }
     }
 
-    // This warp's units of a map, of the row that was taken last.
+    // This program's units of a map, of the row that was taken last.
     __device__ __forceinline__ void multiply(const Map& map, float scale, int layer) {
-        const Span span = span_of(map, warp);
-        const int kind = map.kind, half = (kind % 2 ? MOST : DIM) / 8;
-        const uint4* row = (kind % 2 ? s.row.halves[0] : s.normalised.halves[0]) + lane;
-        const bool ends = kind == END && layer == LAYERS - 1;
-        const float residual = kind == MIDDLE || kind == END ? 1.0f : kind == CROSSED ? s.layers[layer].cross_residual : 0.0f;
-        u32* to = target_of(layer, kind);
+        const Span span = span_of(map);
+        const int most = map.most;
+#pragma unroll 1
+        for (int first = span.unit; first < span.end; first += most) {
+            int count = min(most, span.end - first);
+            await_slot();
+            // Units go round the warps.
+#pragma unroll 1
+            for (int i = warp - (first - span.unit) & WARPS - 1; i < count; i += WARPS)
+                multiply_unit(map, first + i, i, count, scale, layer);
+            slot_read();
+        }
+    }
+
+    // A unit, of those of a slot the index-th.
+    __device__ __forceinline__ void multiply_unit(const Map& map, int unit, int index, int count, float scale, int layer) {
+        const int kind = map.kind, length = map.inputs / 8;
+        const uint4* rows = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane;
+        const uint4* one = rows + (kind == GATE ? 1 : 2) * index * length;
+        const uint4* two = one + (kind == GATE ? count : 1) * length;
+        const uint4* x = (kind % 2 ? s.row.halves[0] : s.normalised.halves[0]) + lane;
+        const uint4* other_x = x + (kind % 2 ? MOST : DIM) / 8;
+        float sums[4][4] = {};
+        int left = length;
+#pragma unroll 1
+        for (; left >= 32 * AHEAD; left -= 32 * AHEAD) {
+            multiply_turns<true>(sums, one, two, x, other_x, left);
+            one += 32 * AHEAD, two += 32 * AHEAD, x += 32 * AHEAD, other_x += 32 * AHEAD;
+        }
+        if (left > 0) multiply_turns<false>(sums, one, two, x, other_x, left);
         // Lanes that hold a part of the diagonal: those that are multiples of 9, and of 9 and 4 more.
         const bool odd = lane & 4;
-        for (int unit = span.unit; unit < span.end; unit++) {
-            float sums[4][4] = {};
-            const uint4* x = row;
-            for (int left = map.inputs / 8; left > 0; left -= CHUNK / 8, x += CHUNK / 8) {
-                await_stage();
-                if (left >= CHUNK / 8) multiply_stage<true>(sums, x, half, left);
-                else multiply_stage<false>(sums, x, half, left);
-                stage_read();
-            }
-            float results[2];
+        float results[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float even_sum = sums[i][0] + sums[i][2] + sums[i + 2][0] + sums[i + 2][2];
-                float odd_sum = sums[i][1] + sums[i][3] + sums[i + 2][1] + sums[i + 2][3];
-                results[i] = odd ? odd_sum : even_sum;
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 4);
-#pragma unroll
-            for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 9);
-#pragma unroll
-            for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 18);
-            if (lane != 0 && lane != 4) continue;
-            float value = (odd ? results[1] : results[0]) * scale;
-            if (kind == GATE) {
-                float other = results[1] * scale;
-                if (!odd) store_word(to + unit, sealed(__fdividef(other * value, 1.0f + __expf(-value)), epoch));
-                continue;
-            }
-            int at = 2 * unit + odd;
-            if (residual != 0.0f) value += residual * s.residual[at];
-            if (ends) {
-                output[at] = (u16)pair_of(value, 0.0f);
-            } else {
-                store_word(to + at, sealed(value, epoch));
-                if (kind == END && layer == TAP) tap[at] = tap_row[at] = (u16)pair_of(value, 0.0f);
-            }
+        for (int i = 0; i < 2; i++) {
+            float even_sum = sums[i][0] + sums[i][2] + sums[i + 2][0] + sums[i + 2][2];
+            float odd_sum = sums[i][1] + sums[i][3] + sums[i + 2][1] + sums[i + 2][3];
+            results[i] = odd ? odd_sum : even_sum;
         }
+#pragma unroll
+        for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 4);
+#pragma unroll
+        for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 9);
+#pragma unroll
+        for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 18);
+        if (lane != 0 && lane != 4) return;
+        u32* to = target_of(layer, kind);
+        float value = (odd ? results[1] : results[0]) * scale;
+        if (kind == GATE) {
+            float other = results[1] * scale;
+            if (!odd) store_word(to + unit, sealed(__fdividef(other * value, 1.0f + __expf(-value)), epoch));
+            return;
+        }
+        int at = 2 * unit + odd;
+        if (kind == CROSSED) value += s.layers[layer].cross_residual * s.residual[at];
+        if (kind == MIDDLE || kind == END) value += s.residual[at];
+        if (kind == END && layer == LAYERS - 1) {
+            output[at] = (u16)pair_of(value, 0.0f);
+            return;
+        }
+        store_word(to + at, sealed(value, epoch));
+        if (kind == END && layer == TAP) tap[at] = tap_row[at] = (u16)pair_of(value, 0.0f);
     }
 
     // The new token's part of a head: its query, key and value.
@@ -731,18 +743,17 @@ struct Program : Place {
             value[j] = rounded(value[j]), value[j + 1] = rounded(value[j + 1]);
         }
         float best = NOTHING, mass = 0.0f;
-        for (int block = 0; block < part.blocks; block++) {
-            int begin = part.begin + block * KEYS;
-            barrier_wait(s.kv_full + kv_stage, kv_parity);
+        for (int begin = part.begin; begin < part.end; begin += KEYS) {
+            barrier_wait(s.kv_full + block.stage, block.parity);
             float score[turns], v[turns][8];
 #pragma unroll
             for (int turn = 0; turn < turns; turn++) {
                 int i = (turn * WARPS + warp) * beside + lane / lanes, place = begin + i;
                 bool kept = place < part.end;
-                const uint4* at = (const uint4*)(s.keys + (kv_stage * KEYS + i) * WIDTH + e);
-                const uint4* at_value = (const uint4*)(s.values + (kv_stage * KEYS + i) * WIDTH + e);
+                const uint4* at = (const uint4*)(s.keys + (block.stage * KEYS + i) * WIDTH + e);
+                const uint4* at_value = (const uint4*)(s.values + (block.stage * KEYS + i) * WIDTH + e);
                 float k[8];
-                if (place == slot) {
+                if (place == written) {
 #pragma unroll
                     for (int j = 0; j < 8; j++) k[j] = key[j], v[turn][j] = value[j];
                 } else {
@@ -777,14 +788,11 @@ struct Program : Place {
                 for (int j = 0; j < 8; j++) sums[j] = fmaf(share, v[turn][j], sums[j]);
             }
             __syncwarp();
-            if (lane == 0) tell(s.read + WARPS, 1);
-            if (++kv_stage == KV_STAGES) {
-                kv_stage = 0;
-                kv_parity ^= 1;
-            }
+            if (lane == 0) barrier_arrive(s.kv_empty + block.stage);
+            block.next<KV_STAGES>();
         }
-        if (warp == 0 && lane < lanes && slot >= part.begin && slot < part.end) {
-            i64 at = ((i64)head * capacity + slot) * WIDTH + e;
+        if (warp == 0 && lane < lanes && written >= part.begin && written < part.end) {
+            i64 at = ((i64)head * capacity + written) * WIDTH + e;
             *(uint4*)(s.layers[layer].keys + at) = packed(key);
             *(uint4*)(s.layers[layer].values + at) = packed(value);
         }
@@ -926,25 +934,26 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     place.ctas = gridDim.x;
     place.capacity = capacity;
     place.position = (int)*position;
-    place.slot = place.position % capacity;
+    place.written = place.position % capacity;
     place.held = min(place.position + 1, capacity);
 #pragma unroll 1
     for (int i = place.thread; i < MAPS; i += THREADS + 32) s.maps[i] = maps[i];
 #pragma unroll 1
     for (int i = place.thread; i < LAYERS; i += THREADS + 32) s.layers[i] = layers[i];
     if (place.thread < WIDTH) s.angles[place.thread] = rotary[place.position * WIDTH + place.thread];
-    if (place.thread < WARPS + 2) s.read[place.thread] = 0;
     if (place.thread == 0) {
 #pragma unroll 1
-        for (int i = 0; i < WARPS * STAGES; i++) barrier_begin(s.full + i);
-        for (int i = 0; i < KV_STAGES; i++) barrier_begin(s.kv_full + i);
-        for (int i = 0; i < NORMS; i++) barrier_begin(s.norm_full + i);
+        for (int i = 0; i < SLOTS; i++) barrier_begin(s.full + i, 1), barrier_begin(s.empty + i, WARPS);
+#pragma unroll 1
+        for (int i = 0; i < KV_STAGES; i++) barrier_begin(s.kv_full + i, 1), barrier_begin(s.kv_empty + i, WARPS);
+#pragma unroll 1
+        for (int i = 0; i < NORMS; i++) barrier_begin(s.norm_full + i, 1), barrier_begin(s.norm_empty + i, 1);
         barriers_begun();
     }
     const u32 launches = *(volatile u32*)state;
     __syncthreads();
     if (place.warp == WARPS) {
-        Supplier(s, place).run();
+        if (place.lane == 0) Supplier(s, place).run();
         return;
     }
     Program p(s, place);
@@ -956,8 +965,6 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     p.launches = launches;
     p.epoch = 0;
     p.eps = eps;
-    p.stage = p.kv_stage = p.norm = 0;
-    p.parity = p.kv_parity = 0;
     p.waited = 0;
     p.run();
     if (place.thread == 0) {

@@ -29,7 +29,10 @@ from blt_model.generation.steps import BlockStep, CrossStep
 
 _WARPS = 8
 """Of a program: 8 or 16."""
-_CHUNK = 1024
+_WIDE_ROW = 1_024
+"""Numbers of a row above which it is wide."""
+_SLOT = 24_576
+"""Bytes of a slot of weights, where rows are not too long."""
 _KV_NUMBERS = 2 * 4096
 """Numbers of keys, and of values, under way at once."""
 _MOST_SHARED = 232_448 - 1_024
@@ -62,7 +65,7 @@ ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_fl
 _MAP = np.dtype(
     [
         ("weight", np.uint64),
-        *((name, np.int32) for name in ("units", "inputs", "kind", "each", "extra", "before")),
+        *((name, np.int32) for name in ("units", "inputs", "kind", "each", "extra", "before", "most", "unused")),
     ]
 )
 _LAYER = np.dtype(
@@ -85,15 +88,15 @@ class Manner:
     """How a stack goes about it, which changes nothing of what it computes but the order of sums."""
 
     period: int
-    """Cycles in which a program orders a stage of weights; 0 for as soon as there is room."""
+    """Cycles in which a program orders 8 KiB of weights; 0 for as soon as there is room."""
     sentinel: bool
     """Whether programs look at few words of a row before they read all."""
     stamps: bool = False
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(period=256, sentinel=False)
-_WIDE = Manner(period=256, sentinel=False)
+_NARROW = Manner(period=512, sentinel=False)
+_WIDE = Manner(period=512, sentinel=False)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -122,20 +125,24 @@ class Sizes:
         return 7 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
 
     @property
-    def stages(self) -> int:
-        """Of a warp's ring: as many as there is room for."""
+    def slot(self) -> int:
+        """Bytes of a slot of the ring: of two rows at least, and as many as make large pieces of narrow ones."""
+        return max(_SLOT, -(-4 * max(self.dim, self.hidden) // 128) * 128)
+
+    @property
+    def slots(self) -> int:
+        """Of the ring: as many as there is room for."""
         floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + self.warps * self.width + 3 * self.warps
         fixed = (
             4 * _KV_NUMBERS
             + 4 * floats
             + 4 * self.dim
-            + 32
-            + 8 * 4
-            + 4 * (self.warps + 2)
+            + 8 * 8
+            + 256  # what alignment takes
             + _MAP.itemsize * self.maps
             + _LAYER.itemsize * self.layers
         )
-        return (_MOST_SHARED - fixed) // (self.warps * (4 * _CHUNK + 8))
+        return (_MOST_SHARED - fixed) // (self.slot + 16)
 
     def macros(self) -> dict[str, int]:
         """What the source has to have defined."""
@@ -149,7 +156,8 @@ class Sizes:
             "MAPS": self.maps,
             "LAYERS": self.layers,
             "WARPS": self.warps,
-            "STAGES": self.stages,
+            "SLOTS": self.slots,
+            "SLOT": self.slot,
             "TAP": self.tap,
             "PERIOD": self.manner.period,
             "SENTINEL": int(self.manner.sentinel),
@@ -253,12 +261,12 @@ class Parts:
             layers=layers,
             is_bfloat16=first.query_key_value.dtype == torch.bfloat16,
             tap=self.tap,
-            manner=manner or (_WIDE if dim > _CHUNK else _NARROW),
+            manner=manner or (_WIDE if dim > _WIDE_ROW else _NARROW),
         )
 
     def fit(self) -> bool:
-        """Whether the kernel can run the stack: its shape, and room for rings of two stages."""
-        return all(fits(cache.config) for cache in self.caches) and self.sizes().stages >= 2
+        """Whether the kernel can run the stack: its shape, and room for rings of two slots."""
+        return all(fits(cache.config) for cache in self.caches) and self.sizes().slots >= 2
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Of every block."""
@@ -320,10 +328,11 @@ class StackTables:
                 if weight is None:
                     continue
                 units = len(weight) // 2
-                each, extra = divmod(units, programs * self.sizes.warps)
-                table[index] = (weight.data_ptr(), units, weight.shape[1], kind, each, extra, before)
-                # The warps with a unit more are others in the next map.
-                index, before = index + 1, (before + extra) % (programs * self.sizes.warps)
+                each, extra = divmod(units, programs)
+                most = self.sizes.slot // (4 * weight.shape[1])
+                table[index] = (weight.data_ptr(), units, weight.shape[1], kind, each, extra, before, most, 0)
+                # The programs with a unit more are others in the next map.
+                index, before = index + 1, (before + extra) % programs
         return self._bytes(table)
 
     def _layers(self) -> Tensor:
