@@ -165,6 +165,7 @@ inline const char* launch(int blocks, int threads, size_t memory, unsigned seed,
 
 inline void __syncthreads() { emulated::wait_at(emulated::current->shared->all); }
 inline void __syncwarp() { emulated::wait_at(emulated::current->shared->warps[threadIdx.x / 32]); }
+inline void rest() {}
 inline void meet() { emulated::wait_at(emulated::current->shared->consumers); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }

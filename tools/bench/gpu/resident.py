@@ -168,8 +168,9 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
 def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
     """Times of all manners, the quickest first."""
     ways = [
-        resident.Manner(period=period, sentinel=sentinel)
-        for period in (0, 256, 384, 448, 512, 576, 640)
+        resident.Manner(period=period, warps=warps, sentinel=sentinel)
+        for warps in (8, 16)
+        for period in (0, 384, 448, 512)
         for sentinel in (False, True)
     ]
     at = positions(stacks, run)
@@ -194,7 +195,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     def best(case: str) -> resident.Manner:
         rows.sort(key=lambda row: (row["case"], row["us"]))
         first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(**{name: first[name] for name in ("period", "sentinel")})
+        return resident.Manner(**{name: first[name] for name in ("period", "warps", "sentinel")})
 
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:

@@ -15,7 +15,8 @@
 // ordered beyond what memory can give stands in queues, and with it the words that programs hand on; and, long before
 // they are needed, the norms' scales and the keys and values. And the code is small: what does not fit a
 // multiprocessor's cache of instructions stands in the same queues, at every layer. So every map goes through the same
-// few loops, told apart by its kind.
+// few loops, told apart by its kind. A warp has little to overlap its instructions with, so each costs what it takes: what
+// can be done before a row has come is done before, up to reading the weights that it will be multiplied with.
 //
 // Products are taken by the matrix units, which at one token have little to do: a lane's eight weights of a row are a
 // column of its own, multiplied by the eight inputs at the same places, so that of each result only the diagonal is of
@@ -35,7 +36,9 @@ typedef long long i64;
 
 #define THREADS (WARPS * 32)  // that multiply; the supplier's come after them
 #define PIECE 8192           // bytes of weights that are ordered at once
-#define AHEAD 4              // turns of a row whose weights are read before they are multiplied
+#define AHEAD 4              // turns of 256 inputs whose weights are read before they are multiplied
+#define TURNS(inputs) (((inputs) + 255) / 256)
+#define FIRST(inputs) ((TURNS(inputs) - 1) % AHEAD + 1)  // turns that are multiplied first, the last of the row
 #define KV_STAGES 2
 #define NORMS 2              // whose scales are under way at once
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
@@ -94,6 +97,7 @@ __device__ __forceinline__ uint4 load_words(const u32* at) {
 __device__ __forceinline__ void store_word(u32* at, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(word) : "memory");
 }
+__device__ __forceinline__ void rest() { __nanosleep(100); }
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
 __device__ __forceinline__ u32 cycles() {
     u32 count;
@@ -252,7 +256,7 @@ struct Shared {
     alignas(16) float heads[3 * WIDTH];  // the new token's query, key and value of a head
     float merged[WARPS * WIDTH];
     float merged_stats[WARPS * 2];
-    float squares[WARPS];
+    alignas(16) float squares[THREADS];  // of the stream, by the threads that took it
     u64 full[SLOTS], empty[SLOTS];
     u64 kv_full[KV_STAGES], kv_empty[KV_STAGES];
     u64 norm_full[NORMS], norm_empty[NORMS];
@@ -430,7 +434,10 @@ struct Supplier : Place {
             if (layer < LAYERS && barrier_test(s.kv_empty + keys.stage, keys.parity ^ 1)) order_keys();
             if (bytes == 0 && map < MAPS && barrier_test(s.empty + slot.stage, slot.parity ^ 1)) begin_slot();
             u32 now = cycles();
-            if (bytes == 0 || (PERIOD > 0 && (int)(now - due) < 0)) continue;
+            if (bytes == 0 || (PERIOD > 0 && (int)(now - due) < 0)) {
+                rest();
+                continue;
+            }
             order_piece();
             if ((int)(now - due) > SLACK) due = now - SLACK;
             due += PERIOD;
@@ -448,6 +455,16 @@ struct Program : Place {
     u32 launches;
     float eps;
     Turn slot, block, norm;  // to read next
+    // The map that is prepared: its units here, those of a slot, where its words go, and the share of the stream in them.
+    Span span;
+    int most;
+    bool is_end, is_gate;
+    float of_residual;
+    u32* to;
+    // The unit that is begun, in words of 16 bytes: from one to the next, to its other row, and where it lies.
+    int step, other;
+    const uint4* first;
+    uint4 rows[AHEAD][2];
     u64 waited;  // for weights, in cycles, by the first thread
 
     __device__ Program(Shared& shared, const Place& place) : Place(place), s(shared) {}
@@ -498,8 +515,7 @@ struct Program : Place {
     }
 
     // Wait for the words of a map's row, and lay it out as its kind asks. Without words the row is the stack's input.
-    // Returns what the results must be multiplied by.
-    __device__ __forceinline__ float take_row(const u32* from, u32 epoch, int kind, int layer) {
+    __device__ __forceinline__ void take_row(const u32* from, u32 epoch, int kind, int layer) {
         constexpr int turns = (DIM / 4 + THREADS - 1) / THREADS;
         constexpr int all = (MOST / 4 + THREADS - 1) / THREADS, batch = all < 8 ? all : 8;
         static_assert(turns <= batch, "a row of the stream is taken at once");
@@ -572,18 +588,23 @@ struct Program : Place {
                 }
             }
         }
-        if (normalises) {
-            squares = warp_sum(squares);
-            if (lane == 0) s.squares[warp] = squares;
-        }
+        if (normalises) s.squares[thread] = squares;
         meet();
-        if (!normalises) return 1.0f;
+        if (!normalises) return;
         if (thread == 0) barrier_arrive(s.norm_empty + norm.stage);
         norm.next<NORMS>();
-        float total = 0.0f;
+    }
+
+    // By what the products of a normalised row must be multiplied.
+    __device__ __forceinline__ float norm_factor() const {
+        constexpr int each = THREADS / 32;
+        float squares = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; i++) total += s.squares[i];
-        return rsqrtf(total * (1.0f / DIM) + eps);
+        for (int i = 0; i < each / 4; i++) {
+            float4 v = ((const float4*)s.squares)[lane * (each / 4) + i];
+            squares += v.x + v.y + v.z + v.w;
+        }
+        return rsqrtf(warp_sum(squares) * (1.0f / DIM) + eps);
     }
 
 #if VECTORS > 0
@@ -614,21 +635,33 @@ struct Program : Place {
     }
 #endif
 
-    // Multiply some turns of two rows by their inputs.
-    template <bool WHOLE>
-    __device__ __forceinline__ void multiply_turns(float (*sums)[4], const uint4* one, const uint4* two, const uint4* x,
-                                                   const uint4* other_x, int left) {
-        uint4 rows[AHEAD][2], inputs[AHEAD][2];
+    // Read some turns of a unit's two rows. Only a row's last turn may be less than whole.
+    template <int COUNT, bool WHOLE>
+    __device__ __forceinline__ void read_rows(const uint4* one, const uint4* two, int left) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (!WHOLE) rows[i][0] = rows[i][1] = inputs[i][0] = inputs[i][1] = make_uint4(0, 0, 0, 0);
-            if (WHOLE || lane + 32 * i < left) {
+        for (int i = 0; i < COUNT; i++) {
+            if (!WHOLE && i == COUNT - 1) {
+                bool inside = lane + 32 * i < left;
+                rows[i][0] = inside ? one[32 * i] : make_uint4(0, 0, 0, 0);
+                rows[i][1] = inside ? two[32 * i] : make_uint4(0, 0, 0, 0);
+            } else {
                 rows[i][0] = one[32 * i], rows[i][1] = two[32 * i];
-                inputs[i][0] = x[32 * i], inputs[i][1] = other_x[32 * i];
             }
         }
+    }
+
+    // Multiply what was read by its inputs, and add to the sums.
+    template <int COUNT, bool WHOLE>
+    __device__ __forceinline__ void multiply_rows(float (*sums)[4], const uint4* x, const uint4* other_x, int left) {
+        uint4 inputs[COUNT][2];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
+        for (int i = 0; i < COUNT; i++) {
+            bool inside = WHOLE || i < COUNT - 1 || lane + 32 * i < left;
+            inputs[i][0] = inside ? x[32 * i] : make_uint4(0, 0, 0, 0);
+            inputs[i][1] = inside ? other_x[32 * i] : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
             multiply_tile(sums[0], inputs[i][0], rows[i][0].x, rows[i][0].y);
             multiply_tile(sums[1], inputs[i][0], rows[i][1].x, rows[i][1].y);
             multiply_tile(sums[2], inputs[i][1], rows[i][0].z, rows[i][0].w);
@@ -636,70 +669,106 @@ struct Program : Place {
         }
     }
 
-    // This program's units of a map, of the row that was taken last.
-    __device__ __forceinline__ void multiply(const Map& map, float scale, int layer) {
-        const Span span = span_of(map);
-        const int most = map.most;
+    // Begin with a unit of the present slot, that of a place: where it lies, and its last turns.
+    __device__ __forceinline__ void begin_unit(int place) {
+        first = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane + place * step;
+        if (is_end) read_last<HIDDEN>();
+        else read_last<DIM>();
+    }
+    template <int INPUTS>
+    __device__ __forceinline__ void read_last() {
+        constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS));
+        read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(first + before, first + other + before, INPUTS / 8 - before);
+    }
+
+    // All products of the unit that was begun.
+    template <int INPUTS>
+    __device__ __forceinline__ void multiply_unit(float (*sums)[4], const uint4* x, const uint4* other_x) {
+        constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS));
+        multiply_rows<FIRST(INPUTS), INPUTS % 256 == 0>(sums, x + before, other_x + before, INPUTS / 8 - before);
 #pragma unroll 1
-        for (int first = span.unit; first < span.end; first += most) {
-            int count = min(most, span.end - first);
-            await_slot();
-            // Units go round the warps.
-#pragma unroll 1
-            for (int i = warp - (first - span.unit) & WARPS - 1; i < count; i += WARPS)
-                multiply_unit(map, first + i, i, count, scale, layer);
-            slot_read();
+        for (int at = 0; at < before; at += 32 * AHEAD) {
+            read_rows<AHEAD, true>(first + at, first + other + at, 0);
+            multiply_rows<AHEAD, true>(sums, x + at, other_x + at, 0);
         }
     }
 
-    // A unit, of those of a slot the index-th.
-    __device__ __forceinline__ void multiply_unit(const Map& map, int unit, int index, int count, float scale, int layer) {
+    // Before its row is there: what this program has of a map, and its first slot.
+    __device__ __forceinline__ void prepare(const Map& map, int layer) {
         const int kind = map.kind, length = map.inputs / 8;
-        const uint4* rows = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane;
-        const uint4* one = rows + (kind == GATE ? 1 : 2) * index * length;
-        const uint4* two = one + (kind == GATE ? count : 1) * length;
-        const uint4* x = (kind % 2 ? s.row.halves[0] : s.normalised.halves[0]) + lane;
-        const uint4* other_x = x + (kind % 2 ? MOST : DIM) / 8;
-        float sums[4][4] = {};
-        int left = length;
-#pragma unroll 1
-        for (; left >= 32 * AHEAD; left -= 32 * AHEAD) {
-            multiply_turns<true>(sums, one, two, x, other_x, left);
-            one += 32 * AHEAD, two += 32 * AHEAD, x += 32 * AHEAD, other_x += 32 * AHEAD;
-        }
-        if (left > 0) multiply_turns<false>(sums, one, two, x, other_x, left);
+        span = span_of(map);
+        most = map.most;
+        is_end = kind == END;
+        is_gate = kind == GATE;
+        of_residual = kind == MIDDLE || kind == END ? 1.0f : kind == CROSSED ? s.layers[layer].cross_residual : 0.0f;
+        to = target_of(layer, kind);
+        step = is_gate ? length : 2 * length;
+        int count = min(most, span.end - span.unit);
+        other = is_gate ? count * length : length;
+        if (count <= 0) return;
+        await_slot();
+        if (warp < count) begin_unit(warp);
+    }
+
+    // Multiply this program's units of a map, which was prepared, by the row that was taken last.
+    __device__ __forceinline__ void multiply(bool normalises, int layer) {
+        const uint4* x = (normalises ? s.normalised.halves[0] : s.row.halves[0]) + lane;
+        const uint4* other_x = x + (normalises ? DIM : MOST) / 8;
         // Lanes that hold a part of the diagonal: those that are multiples of 9, and of 9 and 4 more.
         const bool odd = lane & 4;
-        float results[2];
+        float scale = normalises ? 0.0f : 1.0f;
+        int place = warp;
+        bool begun = true;
+#pragma unroll 1
+        for (int unit = span.unit; unit < span.end; unit += most) {
+            int count = min(most, span.end - unit);
+            if (!begun) {
+                await_slot();
+                if (is_gate) other = count * (DIM / 8);
+            }
+            // Units go round the warps.
+#pragma unroll 1
+            for (; place < count; place += WARPS) {
+                if (!begun) begin_unit(place);
+                float sums[4][4] = {}, results[2];
+                if (is_end) multiply_unit<HIDDEN>(sums, x, other_x);
+                else multiply_unit<DIM>(sums, x, other_x);
+                if (scale == 0.0f) scale = norm_factor();
+                begun = false;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float even_sum = sums[i][0] + sums[i][2] + sums[i + 2][0] + sums[i + 2][2];
-            float odd_sum = sums[i][1] + sums[i][3] + sums[i + 2][1] + sums[i + 2][3];
-            results[i] = odd ? odd_sum : even_sum;
+                for (int i = 0; i < 2; i++) {
+                    float even_sum = sums[i][0] + sums[i][2] + sums[i + 2][0] + sums[i + 2][2];
+                    float odd_sum = sums[i][1] + sums[i][3] + sums[i + 2][1] + sums[i + 2][3];
+                    results[i] = odd ? odd_sum : even_sum;
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 4);
+#pragma unroll
+                for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 9);
+#pragma unroll
+                for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 18);
+                if (lane == 0 || lane == 4) give(unit + place, (odd ? results[1] : results[0]) * scale, results[1] * scale, layer);
+            }
+            place -= count;
+            slot_read();
+            begun = false;
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 4);
-#pragma unroll
-        for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 9);
-#pragma unroll
-        for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 18);
-        if (lane != 0 && lane != 4) return;
-        u32* to = target_of(layer, kind);
-        float value = (odd ? results[1] : results[0]) * scale;
-        if (kind == GATE) {
-            float other = results[1] * scale;
-            if (!odd) store_word(to + unit, sealed(__fdividef(other * value, 1.0f + __expf(-value)), epoch));
+    }
+
+    // Hand a unit's result on: of the lanes 0 and 4 one of its rows each, or of a gate and its value.
+    __device__ __forceinline__ void give(int unit, float value, float other_value, int layer) {
+        if (is_gate) {
+            if (lane == 0) store_word(to + unit, sealed(__fdividef(other_value * value, 1.0f + __expf(-value)), epoch));
             return;
         }
-        int at = 2 * unit + odd;
-        if (kind == CROSSED) value += s.layers[layer].cross_residual * s.residual[at];
-        if (kind == MIDDLE || kind == END) value += s.residual[at];
-        if (kind == END && layer == LAYERS - 1) {
+        int at = 2 * unit + lane / 4;
+        if (of_residual != 0.0f) value += of_residual * s.residual[at];
+        if (is_end && layer == LAYERS - 1) {
             output[at] = (u16)pair_of(value, 0.0f);
             return;
         }
         store_word(to + at, sealed(value, epoch));
-        if (kind == END && layer == TAP) tap[at] = tap_row[at] = (u16)pair_of(value, 0.0f);
+        if (is_end && layer == TAP) tap[at] = tap_row[at] = (u16)pair_of(value, 0.0f);
     }
 
     // The new token's part of a head: its query, key and value.
@@ -893,20 +962,21 @@ struct Program : Place {
             const Map& map = s.maps[index];
             const int kind = map.kind;
             if (last == END) epoch = epoch_of(++layer);
-            float scale = 1.0f;
             if (kind == MIDDLE) {
                 for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
                 stamp(layer, ATTENDED);
+                prepare(map, layer);
                 take_attention(layer);
             } else {
+                prepare(map, layer);
                 bool takes_stream = kind == QUERY || kind == HEAD;
-                scale = take_row(takes_stream ? stream : source_of(layer, kind), takes_stream ? of_stream : epoch, kind,
+                take_row(takes_stream ? stream : source_of(layer, kind), takes_stream ? of_stream : epoch, kind,
                                  layer);
             }
             stamp(layer, kind == QUERY ? STREAM : kind == CROSSED ? CROSS_READ : kind == MIDDLE ? ATTENTION
                          : kind == GATE ? MIDDLE_TAKEN : kind == END ? HIDDEN_TAKEN
                          : last == CROSSED ? CROSSED_STREAM : STREAM);
-            multiply(map, scale, layer);
+            multiply(kind % 2 == 0, layer);
             stamp(layer, kind == QUERY ? CROSS_QUERIES : kind == CROSSED ? CROSSED_MADE : kind == HEAD ? HEADS_MADE
                          : kind == MIDDLE ? MIDDLE_MADE : kind == GATE ? HIDDEN_MADE : END_MADE);
             if (kind == CROSSED || kind == END) {

@@ -27,8 +27,6 @@ from blt_model.config import TransformerConfig
 from blt_model.errors import ModelError
 from blt_model.generation.steps import BlockStep, CrossStep
 
-_WARPS = 8
-"""Of a program: 8 or 16."""
 _WIDE_ROW = 1_024
 """Numbers of a row above which it is wide."""
 _SLOT = 24_576
@@ -89,6 +87,8 @@ class Manner:
 
     period: int
     """Cycles in which a program orders 8 KiB of weights; 0 for as soon as there is room."""
+    warps: int = 16
+    """Of a program, that multiply: 8 or 16."""
     sentinel: bool
     """Whether programs look at few words of a row before they read all."""
     stamps: bool = False
@@ -117,7 +117,11 @@ class Sizes:
     tap: int = -1
     """The layer whose output is kept besides the last's; -1 for none."""
     manner: Manner
-    warps: int = _WARPS
+
+    @property
+    def warps(self) -> int:
+        """Of a program, that multiply."""
+        return self.manner.warps
 
     @property
     def layer_words(self) -> int:
@@ -132,7 +136,7 @@ class Sizes:
     @property
     def slots(self) -> int:
         """Of the ring: as many as there is room for."""
-        floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + self.warps * self.width + 3 * self.warps
+        floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + self.warps * (self.width + 34)
         fixed = (
             4 * _KV_NUMBERS
             + 4 * floats
