@@ -26,8 +26,8 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   SLOTS of a program's ring and SLOT (bytes of each), PERIOD (cycles in which a program orders a piece of weights), SENTINEL
-//   (whether few words are looked at first), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
+//   SLOTS of a program's ring and SLOT (bytes of each), PERIOD (cycles in which a program orders a piece of weights),
+//   STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -97,7 +97,7 @@ __device__ __forceinline__ uint4 load_words(const u32* at) {
 __device__ __forceinline__ void store_word(u32* at, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(word) : "memory");
 }
-__device__ __forceinline__ void rest() { __nanosleep(100); }
+__device__ __forceinline__ void rest() { __nanosleep(40); }
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
 __device__ __forceinline__ u32 cycles() {
     u32 count;
@@ -361,17 +361,20 @@ struct Supplier : Place {
         while (map < MAPS && unit >= end) next_map();
     }
 
-    __device__ __forceinline__ void order_piece() {
+    // Returns how many bytes it had.
+    __device__ __forceinline__ int order_piece() {
         int count = min(PIECE, bytes);
         bulk_copy(to, from, count, s.full + slot.stage, once);
         to += count / 2;
         from += count / 2;
         bytes -= count;
-        if (bytes > 0) return;
-        from = then;
-        bytes = then_bytes;
-        then_bytes = 0;
-        if (bytes == 0) slot.next<SLOTS>();
+        if (bytes == 0) {
+            from = then;
+            bytes = then_bytes;
+            then_bytes = 0;
+            if (bytes == 0) slot.next<SLOTS>();
+        }
+        return count;
     }
 
     // Go on to the next block of keys that this program reads.
@@ -438,9 +441,9 @@ struct Supplier : Place {
                 rest();
                 continue;
             }
-            order_piece();
+            int count = order_piece();
             if ((int)(now - due) > SLACK) due = now - SLACK;
-            due += PERIOD;
+            due += PERIOD * count / PIECE;
         }
     }
 };
@@ -458,7 +461,7 @@ struct Program : Place {
     // The map that is prepared: its units here, those of a slot, where its words go, and the share of the stream in them.
     Span span;
     int most;
-    bool is_end, is_gate;
+    bool is_end, is_gate, begun;  // begun: the first unit
     float of_residual;
     u32* to;
     // The unit that is begun, in words of 16 bytes: from one to the next, to its other row, and where it lies.
@@ -503,97 +506,107 @@ struct Program : Place {
         slot.next<SLOTS>();
     }
 
-    // Where a layer's words for a map's row lie, and where its results go.
-    __device__ __forceinline__ u32* source_of(int layer, int kind) {
-        int at = kind == CROSSED ? AT_QUERY : kind == GATE ? AT_MIDDLE : AT_HIDDEN;
-        return words(layer, at);
-    }
+    // Where a map's results go.
     __device__ __forceinline__ u32* target_of(int layer, int kind) {
         int at = kind == QUERY ? AT_QUERY : kind == CROSSED ? AT_CROSSED : kind == HEAD ? AT_HEADS
                  : kind == MIDDLE ? AT_MIDDLE : kind == GATE ? AT_HIDDEN : AT_END;
         return words(layer, at);
     }
 
-    // Wait for the words of a map's row, and lay it out as its kind asks. Without words the row is the stack's input.
-    __device__ __forceinline__ void take_row(const u32* from, u32 epoch, int kind, int layer) {
-        constexpr int turns = (DIM / 4 + THREADS - 1) / THREADS;
-        constexpr int all = (MOST / 4 + THREADS - 1) / THREADS, batch = all < 8 ? all : 8;
-        static_assert(turns <= batch, "a row of the stream is taken at once");
-        const int quarters = (kind == END ? HIDDEN : DIM) / 4;
-        const bool normalises = kind % 2 == 0;
-        if (normalises) barrier_wait(s.norm_full + norm.stage, norm.parity);
-#if VECTORS > 0
-        // On their way while the queries are waited for.
-        uint2 keys[turns][VECTORS], values[turns][VECTORS];
-        if (kind == CROSSED) {
-#pragma unroll
-            for (int i = 0; i < turns; i++) {
-                int quarter = min(thread + i * THREADS, DIM / 4 - 1);
-                int at = quarter / (WIDTH / 4) * VECTORS * (WIDTH / 4) + quarter % (WIDTH / 4);
-#pragma unroll
-                for (int j = 0; j < VECTORS; j++) {
-                    keys[i][j] = ((const uint2*)s.layers[layer].cross_keys)[at + j * (WIDTH / 4)];
-                    values[i][j] = ((const uint2*)s.layers[layer].cross_values)[at + j * (WIDTH / 4)];
-                }
-            }
-        }
-#endif
-        float squares = 0.0f;
-        for (int base = 0; base < quarters; base += batch * THREADS) {
+    // Wait for some words and give them to a function, four at a time: take(turn, quarter, float4).
+    template <int COUNT, class Take>
+    __device__ __forceinline__ void gather(const u32* from, u32 epoch, Take take) {
+        constexpr int all = (COUNT / 4 + THREADS - 1) / THREADS, batch = all < 8 ? all : 8;
+        const uint4 nothing = make_uint4(epoch + 1, epoch + 1, epoch + 1, epoch + 1);
+        for (int base = 0; base < all; base += batch) {
             uint4 v[batch];
+            bool waits = true;
 #pragma unroll
             for (int i = 0; i < batch; i++) {
-                int quarter = base + thread + i * THREADS;
-                v[i] = make_uint4(0, 0, 0, 0);
-                if (from == nullptr && quarter < quarters) {
-                    uint2 x = ((const uint2*)input)[quarter];
-                    v[i] = make_uint4(as_bits(low_number(x.x)), as_bits(high_number(x.x)), as_bits(low_number(x.y)),
-                                      as_bits(high_number(x.y)));
-                }
+                int quarter = thread + (base + i) * THREADS;
+                v[i] = quarter < COUNT / 4 ? nothing : make_uint4(epoch, epoch, epoch, epoch);
             }
-            // A few words first, where there are many: reading all of them again and again keeps others from theirs.
-            if (SENTINEL && base == 0 && from != nullptr)
-                while (!is_there(load_words(from + 4 * min(thread & ~31, quarters - 1)), epoch)) {
-                }
-            bool waits = from != nullptr;
             while (waits) {
                 waits = false;
 #pragma unroll
-                for (int i = 0; i < batch; i++) {
-                    int quarter = base + thread + i * THREADS;
-                    if (quarter < quarters && !is_there(v[i], epoch)) v[i] = load_words(from + 4 * quarter);
-                }
-#pragma unroll
                 for (int i = 0; i < batch; i++)
-                    waits |= base + thread + i * THREADS < quarters && !is_there(v[i], epoch);
+                    if (!is_there(v[i], epoch)) v[i] = load_words(from + 4 * (thread + (base + i) * THREADS));
+#pragma unroll
+                for (int i = 0; i < batch; i++) waits |= !is_there(v[i], epoch);
             }
 #pragma unroll
-            for (int i = 0; i < batch; i++) {
-                int quarter = base + thread + i * THREADS;
-                float4 x = opened4(v[i]);
-#if VECTORS > 0
-                if (i < turns && kind == CROSSED) x = read_patch(x, keys[i < turns ? i : 0], values[i < turns ? i : 0]);
-#endif
-                if (quarter >= quarters) continue;
-                if (!normalises) {
-                    s.row.halves[quarter & 1][quarter >> 1] = split(x);
-                } else if (i < turns) {
-                    // The words that these are needed for have been written if the ones in their place have come.
-                    ((float4*)s.residual)[quarter] = x;
-                    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-                    uint2 scale = ((const uint2*)(s.norms + norm.stage * DIM))[quarter];
-                    x = make_float4(x.x * low_number(scale.x), x.y * high_number(scale.x), x.z * low_number(scale.y),
-                                    x.w * high_number(scale.y));
-                    s.normalised.halves[quarter & 1][quarter >> 1] = split(x);
-                }
-            }
+            for (int i = 0; i < batch; i++) take(i, thread + (base + i) * THREADS, opened4(v[i]));
         }
-        if (normalises) s.squares[thread] = squares;
+    }
+
+    // Take the residual stream, from the exchange or where there is none from the stack's input, times a norm's scales.
+    __device__ __forceinline__ void take_normalised(const u32* from, u32 epoch) {
+        constexpr int turns = (DIM / 4 + THREADS - 1) / THREADS;
+        static_assert(turns <= 8, "a turn counts from the first word");
+        uint2 scales[turns];
+        barrier_wait(s.norm_full + norm.stage, norm.parity);
+#pragma unroll
+        for (int i = 0; i < turns; i++)
+            scales[i] = ((const uint2*)(s.norms + norm.stage * DIM))[min(thread + i * THREADS, DIM / 4 - 1)];
+        float squares = 0.0f;
+        auto take = [&](int turn, int quarter, float4 x) {
+            if (quarter >= DIM / 4) return;
+            // Whatever of the stream was here has been added to, if the words in its place have come.
+            ((float4*)s.residual)[quarter] = x;
+            squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+            uint2 scale = scales[turn];
+            s.normalised.halves[quarter & 1][quarter >> 1] =
+                split(make_float4(x.x * low_number(scale.x), x.y * high_number(scale.x), x.z * low_number(scale.y),
+                                  x.w * high_number(scale.y)));
+        };
+        if (from == nullptr) {
+#pragma unroll
+            for (int i = 0; i < turns; i++) {
+                int quarter = thread + i * THREADS;
+                uint2 x = ((const uint2*)input)[min(quarter, DIM / 4 - 1)];
+                take(i, quarter, make_float4(low_number(x.x), high_number(x.x), low_number(x.y), high_number(x.y)));
+            }
+        } else {
+            gather<DIM>(from, epoch, take);
+        }
+        s.squares[thread] = squares;
         meet();
-        if (!normalises) return;
         if (thread == 0) barrier_arrive(s.norm_empty + norm.stage);
         norm.next<NORMS>();
     }
+
+    // Take the hidden numbers.
+    __device__ __forceinline__ void take_hidden(const u32* from) {
+        gather<HIDDEN>(from, epoch, [&](int, int quarter, float4 x) {
+            if (quarter < HIDDEN / 4) s.row.halves[quarter & 1][quarter >> 1] = split(x);
+        });
+        meet();
+    }
+
+#if VECTORS > 0
+    // Take the queries, and let them read the patch; every program does so for all heads, as that takes less time than
+    // handing the results on.
+    __device__ __forceinline__ void take_crossed(const u32* from, int layer) {
+        constexpr int turns = (DIM / 4 + THREADS - 1) / THREADS;
+        // On their way while the queries are waited for.
+        uint2 keys[turns][VECTORS], values[turns][VECTORS];
+#pragma unroll
+        for (int i = 0; i < turns; i++) {
+            int quarter = min(thread + i * THREADS, DIM / 4 - 1);
+            int at = quarter / (WIDTH / 4) * VECTORS * (WIDTH / 4) + quarter % (WIDTH / 4);
+#pragma unroll
+            for (int j = 0; j < VECTORS; j++) {
+                keys[i][j] = ((const uint2*)s.layers[layer].cross_keys)[at + j * (WIDTH / 4)];
+                values[i][j] = ((const uint2*)s.layers[layer].cross_values)[at + j * (WIDTH / 4)];
+            }
+        }
+        gather<DIM>(from, epoch, [&](int turn, int quarter, float4 x) {
+            x = read_patch(x, keys[turn], values[turn]);
+            if (quarter < DIM / 4) s.row.halves[quarter & 1][quarter >> 1] = split(x);
+        });
+        meet();
+    }
+#endif
 
     // By what the products of a normalised row must be multiplied.
     __device__ __forceinline__ float norm_factor() const {
@@ -608,8 +621,7 @@ struct Program : Place {
     }
 
 #if VECTORS > 0
-    // Four places of a head's query read the patch's vectors; every program does so for all heads, as that takes less
-    // time than handing the results on.
+    // Four places of a head's query read the patch's vectors.
     __device__ __forceinline__ float4 read_patch(float4 query, const uint2* keys, const uint2* values) {
         static_assert(WIDTH <= 128, "a head is in one warp");
         float scores[VECTORS], largest = NOTHING, mass = 0.0f;
@@ -705,9 +717,8 @@ struct Program : Place {
         step = is_gate ? length : 2 * length;
         int count = min(most, span.end - span.unit);
         other = is_gate ? count * length : length;
-        if (count <= 0) return;
-        await_slot();
-        if (warp < count) begin_unit(warp);
+        begun = count > 0 && barrier_test(s.full + slot.stage, slot.parity);
+        if (begun && warp < count) begin_unit(warp);
     }
 
     // Multiply this program's units of a map, which was prepared, by the row that was taken last.
@@ -718,7 +729,6 @@ struct Program : Place {
         const bool odd = lane & 4;
         float scale = normalises ? 0.0f : 1.0f;
         int place = warp;
-        bool begun = true;
 #pragma unroll 1
         for (int unit = span.unit; unit < span.end; unit += most) {
             int count = min(most, span.end - unit);
@@ -962,21 +972,23 @@ struct Program : Place {
             const Map& map = s.maps[index];
             const int kind = map.kind;
             if (last == END) epoch = epoch_of(++layer);
+            prepare(map, layer);
+            const bool takes_middle = kind == GATE, normalises = kind % 2 == 0;
+            if (normalises)
+                take_normalised(takes_middle ? words(layer, AT_MIDDLE) : stream, takes_middle ? epoch : of_stream);
+#if VECTORS > 0
+            if (kind == CROSSED) take_crossed(words(layer, AT_QUERY), layer);
+#endif
+            if (kind == END) take_hidden(words(layer, AT_HIDDEN));
             if (kind == MIDDLE) {
                 for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
                 stamp(layer, ATTENDED);
-                prepare(map, layer);
                 take_attention(layer);
-            } else {
-                prepare(map, layer);
-                bool takes_stream = kind == QUERY || kind == HEAD;
-                take_row(takes_stream ? stream : source_of(layer, kind), takes_stream ? of_stream : epoch, kind,
-                                 layer);
             }
             stamp(layer, kind == QUERY ? STREAM : kind == CROSSED ? CROSS_READ : kind == MIDDLE ? ATTENTION
                          : kind == GATE ? MIDDLE_TAKEN : kind == END ? HIDDEN_TAKEN
                          : last == CROSSED ? CROSSED_STREAM : STREAM);
-            multiply(kind % 2 == 0, layer);
+            multiply(normalises, layer);
             stamp(layer, kind == QUERY ? CROSS_QUERIES : kind == CROSSED ? CROSSED_MADE : kind == HEAD ? HEADS_MADE
                          : kind == MIDDLE ? MIDDLE_MADE : kind == GATE ? HIDDEN_MADE : END_MADE);
             if (kind == CROSSED || kind == END) {

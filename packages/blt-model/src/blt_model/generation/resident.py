@@ -31,6 +31,8 @@ _WIDE_ROW = 1_024
 """Numbers of a row above which it is wide."""
 _SLOT = 24_576
 """Bytes of a slot of weights, where rows are not too long."""
+_WARPS = 8
+"""Of a program, that multiply."""
 _KV_NUMBERS = 2 * 4096
 """Numbers of keys, and of values, under way at once."""
 _MOST_SHARED = 232_448 - 1_024
@@ -87,16 +89,12 @@ class Manner:
 
     period: int
     """Cycles in which a program orders 8 KiB of weights; 0 for as soon as there is room."""
-    warps: int = 16
-    """Of a program, that multiply: 8 or 16."""
-    sentinel: bool
-    """Whether programs look at few words of a row before they read all."""
     stamps: bool = False
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(period=512, sentinel=False)
-_WIDE = Manner(period=512, sentinel=False)
+_NARROW = Manner(period=512)
+_WIDE = Manner(period=512)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -119,11 +117,6 @@ class Sizes:
     manner: Manner
 
     @property
-    def warps(self) -> int:
-        """Of a program, that multiply."""
-        return self.manner.warps
-
-    @property
     def layer_words(self) -> int:
         """Words of 32 bits that programs exchange in a layer."""
         return 7 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
@@ -136,7 +129,7 @@ class Sizes:
     @property
     def slots(self) -> int:
         """Of the ring: as many as there is room for."""
-        floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + self.warps * (self.width + 34)
+        floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + _WARPS * (self.width + 34)
         fixed = (
             4 * _KV_NUMBERS
             + 4 * floats
@@ -159,12 +152,11 @@ class Sizes:
             "VECTORS": self.vectors,
             "MAPS": self.maps,
             "LAYERS": self.layers,
-            "WARPS": self.warps,
+            "WARPS": _WARPS,
             "SLOTS": self.slots,
             "SLOT": self.slot,
             "TAP": self.tap,
             "PERIOD": self.manner.period,
-            "SENTINEL": int(self.manner.sentinel),
             "STAMPS": int(self.manner.stamps),
             "BFLOAT16": int(self.is_bfloat16),
         }
@@ -432,7 +424,7 @@ class ResidentStack:
         out = torch.empty_like(x)
         kernel = _kernel(tables.sizes, x.device.index)
         stream = torch.cuda.current_stream(x.device)
-        _launch(kernel, tables.sizes.warps, programs, tables.arguments(x, out, positions, programs, tap), stream)
+        _launch(kernel, _WARPS, programs, tables.arguments(x, out, positions, programs, tap), stream)
         return out
 
 
