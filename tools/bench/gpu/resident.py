@@ -167,7 +167,11 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
 
 def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
     """Times of all manners, the quickest first."""
-    ways = [resident.Manner(period=period) for period in (0, 400, 440, 480, 520, 560)]
+    ways = [
+        resident.Manner(piece=piece, period=period * piece // 8_192)
+        for piece in (8_192, 12_288, 24_576)
+        for period in (0, 420, 460, 500)
+    ]
     at = positions(stacks, run)
 
     def take(manner: resident.Manner) -> None:
@@ -190,7 +194,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     def best(case: str) -> resident.Manner:
         rows.sort(key=lambda row: (row["case"], row["us"]))
         first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(period=first["period"])
+        return resident.Manner(piece=first["piece"], period=first["period"])
 
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:

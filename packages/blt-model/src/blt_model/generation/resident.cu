@@ -26,8 +26,9 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   SLOTS of a program's ring and SLOT (bytes of each), PERIOD (cycles in which a program orders a piece of weights),
-//   STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
+//   SLOTS of a program's ring and SLOT (bytes of each), PIECE (bytes of weights that are ordered at once) and
+//   PERIOD (cycles for so many), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0
+//   for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -35,7 +36,6 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #define THREADS (WARPS * 32)  // that multiply; the supplier's come after them
-#define PIECE 8192           // bytes of weights that are ordered at once
 #define AHEAD 4              // turns of 256 inputs whose weights are read before they are multiplied
 #define TURNS(inputs) (((inputs) + 255) / 256)
 #define FIRST(inputs) ((TURNS(inputs) - 1) % AHEAD + 1)  // turns that are multiplied first, the last of the row
@@ -328,12 +328,10 @@ struct Turn {
 struct Supplier : Place {
     Shared& s;
     u64 once, kept;
-    // Weights: the next units to order, the slot that they go to, and what of a slot that was begun is still to order.
+    // Weights: the next units to order, the slot that they go to, and when a piece is due.
     int map, unit, end;
     Turn slot;
-    u16* to;
-    const u16 *from, *then;       // first the neighbours or the gates, then the values
-    int bytes, then_bytes;
+    u32 due;
     int layer, item, block;  // of keys
     Turn keys;
     int norm;  // by its place in the stack, of three a layer
@@ -348,33 +346,36 @@ struct Supplier : Place {
         end = span.end;
     }
 
-    __device__ __forceinline__ void begin_slot() {
-        const Map& of = s.maps[map];
-        int count = min(of.most, end - unit), rows = of.kind == GATE ? 1 : 2;
-        from = of.weight + (i64)unit * rows * of.inputs;
-        then = from + (i64)of.units * of.inputs;
-        bytes = 2 * rows * count * of.inputs;
-        then_bytes = rows == 1 ? bytes : 0;
-        to = s.ring + slot.stage * (SLOT / 2);
-        barrier_expect(s.full + slot.stage, bytes + then_bytes);
-        unit += count;
-        while (map < MAPS && unit >= end) next_map();
+    // Order neighbouring weights in pieces, each when it is due.
+    __device__ __forceinline__ void order(u16* to, const u16* from, int bytes) {
+#pragma unroll 1
+        for (int at = 0; at < bytes; at += PIECE) {
+            int count = min(PIECE, bytes - at);
+            if (PERIOD > 0) {
+                u32 now = cycles();
+                while ((int)(now - due) < 0) now = cycles();
+                if ((int)(now - due) > SLACK) due = now - SLACK;
+                due += PERIOD * count / PIECE;
+            }
+            bulk_copy(to + at / 2, from + at / 2, count, s.full + slot.stage, once);
+        }
     }
 
-    // Returns how many bytes it had.
-    __device__ __forceinline__ int order_piece() {
-        int count = min(PIECE, bytes);
-        bulk_copy(to, from, count, s.full + slot.stage, once);
-        to += count / 2;
-        from += count / 2;
-        bytes -= count;
-        if (bytes == 0) {
-            from = then;
-            bytes = then_bytes;
-            then_bytes = 0;
-            if (bytes == 0) slot.next<SLOTS>();
+    __device__ __forceinline__ void order_slot() {
+        const Map& of = s.maps[map];
+        int count = min(of.most, end - unit), row = 2 * count * of.inputs;
+        const u16* from = of.weight + (i64)unit * (of.kind == GATE ? 1 : 2) * of.inputs;
+        u16* to = s.ring + slot.stage * (SLOT / 2);
+        barrier_expect(s.full + slot.stage, 2 * row);
+        if (of.kind == GATE) {
+            order(to, from, row);
+            order(to + row / 2, from + (i64)of.units * of.inputs, row);
+        } else {
+            order(to, from, 2 * row);
         }
-        return count;
+        slot.next<SLOTS>();
+        unit += count;
+        while (map < MAPS && unit >= end) next_map();
     }
 
     // Go on to the next block of keys that this program reads.
@@ -419,7 +420,7 @@ struct Supplier : Place {
     __device__ __forceinline__ void run() {
         once = once_policy();
         kept = kept_policy();
-        bytes = then_bytes = item = block = norm = 0;
+        item = block = norm = 0;
         map = -1;
         unit = end = 0;
         while (map < MAPS && unit >= end) next_map();
@@ -429,21 +430,14 @@ struct Supplier : Place {
             layer = 0;
             seek_keys();
         }
-        u32 due = cycles();
+        due = cycles();
         // Stages are empty at first, as if they had been read before.
 #pragma unroll 1
-        while (bytes > 0 || map < MAPS || layer < LAYERS || norm < 3 * LAYERS) {
+        while (map < MAPS || layer < LAYERS || norm < 3 * LAYERS) {
             if (norm < 3 * LAYERS && barrier_test(s.norm_empty + norms.stage, norms.parity ^ 1)) order_norm();
             if (layer < LAYERS && barrier_test(s.kv_empty + keys.stage, keys.parity ^ 1)) order_keys();
-            if (bytes == 0 && map < MAPS && barrier_test(s.empty + slot.stage, slot.parity ^ 1)) begin_slot();
-            u32 now = cycles();
-            if (bytes == 0 || (PERIOD > 0 && (int)(now - due) < 0)) {
-                rest();
-                continue;
-            }
-            int count = order_piece();
-            if ((int)(now - due) > SLACK) due = now - SLACK;
-            due += PERIOD * count / PIECE;
+            if (map < MAPS && barrier_test(s.empty + slot.stage, slot.parity ^ 1)) order_slot();
+            else rest();
         }
     }
 };

@@ -87,14 +87,16 @@ _LAYER = np.dtype(
 class Manner:
     """How a stack goes about it, which changes nothing of what it computes but the order of sums."""
 
+    piece: int
+    """Bytes of weights that a program orders at once: a multiple of 16."""
     period: int
-    """Cycles in which a program orders 8 KiB of weights; 0 for as soon as there is room."""
+    """Cycles in which it orders so many; 0 for as soon as there is room."""
     stamps: bool = False
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(period=512)
-_WIDE = Manner(period=512)
+_NARROW = Manner(piece=24_576, period=0)
+_WIDE = Manner(piece=24_576, period=0)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -156,6 +158,7 @@ class Sizes:
             "SLOTS": self.slots,
             "SLOT": self.slot,
             "TAP": self.tap,
+            "PIECE": self.manner.piece,
             "PERIOD": self.manner.period,
             "STAMPS": int(self.manner.stamps),
             "BFLOAT16": int(self.is_bfloat16),

@@ -428,9 +428,6 @@ class BLTSession:
     def _complete_static(self, size: int, longest: int, length: int) -> None:
         self._patch_numbers.upload()
         rows, positions, lengths = self._patch_numbers.device[:, :size]
-        if self.rows == 1 and self._is_fused:
-            self._patch_steps.complete_one(rows, fused.FusedStep(positions, rows), longest, lengths)
-            return
         mask = torch.arange(longest, device=self.device) < lengths[:, None]
         plan = self._plan_static(self._patch_steps.latent, positions, rows, length)
         self._patch_steps.complete(rows, plan, longest, mask)

@@ -6,7 +6,7 @@ the byte does complete a patch, the latent transformer runs, and the decoder and
 run of the decoder left in its cache is overwritten.
 
 All counters lie on the device and are moved on by the graphs, so that a step uploads nothing but a random number, and
-the host waits once for a byte that completes no patch.
+the host waits once for a byte that completes no patch. What the host reads is written to its memory by a kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blt_model.generation import fused
-from blt_model.generation.graphs import Fork
+from blt_model.generation.graphs import Fork, bucket
 from blt_model.generation.resident import Tap
 from blt_model.generation.session import BLTSession
 
@@ -51,6 +51,8 @@ class SingleRowSession(BLTSession):
         if not hasattr(self, "_result"):
             pinned = self.device.type == "cuda"
             self._result = torch.zeros(3, dtype=torch.float64, device=self.device)
+            self._row = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._patch_position = torch.zeros(1, dtype=torch.int64, device=self.device)
             self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
             self._host_result = torch.zeros(3, dtype=torch.float64, pin_memory=pinned)
             self._host_uniform = torch.zeros(1, dtype=torch.float64, pin_memory=pinned)
@@ -59,6 +61,7 @@ class SingleRowSession(BLTSession):
         self._choose, self._kind = choose, kind
         self._is_likeliest = kind == "likeliest"
         self._tokens.fill_(token)
+        self._patch_position.fill_(int(self._patch_counts[0]))
         self._numbers.host[:2] = self._positions, self._open_lengths
         if self._entropy_steps is not None:
             self._numbers.host[2] = self._entropy_steps.positions
@@ -93,8 +96,7 @@ class SingleRowSession(BLTSession):
             self._entropy_steps.advance([token])
         entropy = math.nan if self._entropy_steps is None else float(self._numbers_back[2])
         if self._patchers[0].push(token, entropy):
-            self._complete(np.zeros(1, dtype=np.int64))
-            self._runner.run(("again", self._kind), self._again, [self._tokens])
+            self._take_patch()
             self._wait()
         next_token, log_probability, _ = self._numbers_back.tolist()
         return int(next_token), log_probability
@@ -129,10 +131,27 @@ class SingleRowSession(BLTSession):
             lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
         self._hand_over(*chosen, None if lm is None else self._entropies, self._numbers.device.view(-1))
 
-    def _again(self) -> None:
-        self._numbers.device[1].zero_()
-        chosen = self._choose(self._decode_row(self._numbers.device[0] - 1, self._programs.all), self._uniform)
-        self._hand_over(*chosen, None, self._numbers.device.view(-1)[:0])
+    def _take_patch(self) -> None:
+        """Run the latent transformer for the complete patch, and choose once more."""
+        changed = [self._tokens, self._numbers.device, self._patch_position]
+        if self._is_fused:
+            longest = bucket(int(self._open_lengths[0]), self._patch_steps.open_capacity)
+            self._runner.run(("again", self._kind, longest), lambda: self._again(longest), changed)
+            self._patch_counts[0] += 1
+            self._open_lengths[0] = 0
+        else:
+            self._complete(np.zeros(1, dtype=np.int64))
+            self._runner.run(("again", self._kind), lambda: self._again(None), changed)
+
+    def _again(self, longest: int | None) -> None:
+        """Do what a complete patch changes; its length's next power of two is None if it has been run."""
+        positions, open_lengths, _ = self._numbers.device
+        if longest is not None:
+            step = fused.FusedStep(self._patch_position, self._row)
+            self._patch_steps.complete_one(self._row, step, longest, open_lengths)
+        open_lengths.zero_()
+        chosen = self._choose(self._decode_row(positions - 1, self._programs.all), self._uniform)
+        self._hand_over(*chosen, None, self._patch_position)
 
     def _decode_row(self, positions: Tensor, programs: int) -> Tensor:
         """Logits [1, V] from the states that the encoder has left."""
@@ -142,11 +161,11 @@ class SingleRowSession(BLTSession):
     def _hand_over(self, token: Tensor, log_probability: Tensor, entropies: Tensor | None, counters: Tensor) -> None:
         """Leave what was found for the next step and the host, and count up."""
         if self._is_fused:
-            fused.hand_over(token, log_probability, entropies, self._tokens, counters, self._result)
-        else:
-            self._result[:1], self._result[1:2] = token, log_probability
-            if entropies is not None:
-                self._result[2:] = entropies
-            counters.add_(1)
-            self._tokens.copy_(token)
+            fused.hand_over(token, log_probability, entropies, self._tokens, counters, self._host_result)
+            return
+        self._result[:1], self._result[1:2] = token, log_probability
+        if entropies is not None:
+            self._result[2:] = entropies
+        counters.add_(1)
+        self._tokens.copy_(token)
         self._host_result.copy_(self._result, non_blocking=True)

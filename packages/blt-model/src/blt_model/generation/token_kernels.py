@@ -199,7 +199,7 @@ def hand_over(
         entropies: float32 [1] of the token before it; None for none, or where it has been handed over.
         tokens: int64 [1] takes the token.
         numbers: int64 [count], contiguous, counted up by one each.
-        result: float64 [3] takes token, log-probability and entropy.
+        result: float64 [3] takes token, log-probability and entropy; may be pinned memory of the host.
     """
     _hand_over[(1,)](
         token,
