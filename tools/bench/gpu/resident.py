@@ -169,8 +169,8 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     """Times of all manners, the quickest first."""
     ways = [
         resident.Manner(piece=piece, period=period * piece // 8_192)
-        for piece in (8_192, 12_288, 24_576)
-        for period in (0, 420, 460, 500)
+        for piece in (8_192, 12_288)
+        for period in (0, 480, 510, 540, 570, 600)
     ]
     at = positions(stacks, run)
 

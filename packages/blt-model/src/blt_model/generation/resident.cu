@@ -917,13 +917,17 @@ struct Program : Place {
             for (int i = 0; i < SPLITS; i++) v[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int i = 0; i < SPLITS / 2; i++) t[i] = make_uint4(0, 0, 0, 0);
-            // First the few words that were written last.
+            // Where there are many, first the few that were written last.
+            constexpr bool few = SPLITS * DIM <= 4096;
             bool waits = true;
             while (waits) {
                 waits = false;
 #pragma unroll
                 for (int i = 0; i < SPLITS / 2; i++)
                     if (!is_there(t[i], epoch)) t[i] = load_words(stats + 2 * head * SPLITS + 4 * i);
+#pragma unroll
+                for (int i = 0; i < SPLITS; i++)
+                    if (few && !is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
 #pragma unroll
                 for (int i = 0; i < SPLITS / 2; i++) waits |= !is_there(t[i], epoch);
             }

@@ -95,8 +95,8 @@ class Manner:
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(piece=24_576, period=0)
-_WIDE = Manner(piece=24_576, period=0)
+_NARROW = Manner(piece=8_192, period=0)
+_WIDE = Manner(piece=12_288, period=800)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
