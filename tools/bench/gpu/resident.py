@@ -168,9 +168,9 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
 def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
     """Times of all manners, the quickest first."""
     ways = [
-        resident.Manner(piece=piece, period=period * piece // 8_192)
-        for piece in (8_192, 12_288)
-        for period in (0, 480, 510, 540, 570, 600)
+        resident.Manner(slot=slot, piece=piece, period=period * piece // 8_192)
+        for slot in (24_576, 49_152, 65_536)
+        for piece, period in ((8_192, 0), (8_192, 600), (12_288, 490), (12_288, 520))
     ]
     at = positions(stacks, run)
 
@@ -194,7 +194,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     def best(case: str) -> resident.Manner:
         rows.sort(key=lambda row: (row["case"], row["us"]))
         first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(piece=first["piece"], period=first["period"])
+        return resident.Manner(slot=first["slot"], piece=first["piece"], period=first["period"])
 
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:

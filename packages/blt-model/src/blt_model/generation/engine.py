@@ -272,15 +272,15 @@ class Generator:
             tokens, logs, _ = _read(*self._sampler.choose(self._logits[:1]), None)
             self._ahead = tokens[0], logs[0]
             session.start(tokens[0], choose, kind)
+            if tokens[0] != EOS_ID and text.request.max_new_bytes > 1:
+                session.launch(self._sampler.draw_single())
         token, log_probability = self._ahead
-        goes_on = token != EOS_ID and len(text.content) + 1 < text.request.max_new_bytes
-        if goes_on:
-            session.launch(self._sampler.draw_single())
         ending = text.take(token, log_probability)
         if piece := text.news(ended=ending is not None):
             yield text.index, piece
         if ending is None:
-            self._ahead = session.finish(token)
+            follows = len(text.content) + 1 < text.request.max_new_bytes
+            self._ahead = session.finish(token, self._sampler.draw_single() if follows else None)
             return
         yield text.index, text.completion(ending, session.patches(0))
         self._ahead = None

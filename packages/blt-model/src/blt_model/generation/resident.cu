@@ -228,8 +228,6 @@ __device__ __forceinline__ uint4 packed(const float* from) {
                       pair_of(from[6], from[7]));
 }
 
-__device__ __forceinline__ float rounded(float value) { return low_number(pair_of(value, 0.0f)); }
-
 // Four inputs as the matrix units take them: of two and two the nearest numbers, and what these leave.
 __device__ __forceinline__ uint4 split(float4 v) {
     u32 first = pair_of(v.x, v.y), second = pair_of(v.z, v.w);
@@ -455,13 +453,14 @@ struct Program : Place {
     // The map that is prepared: its units here, those of a slot, where its words go, and the share of the stream in them.
     Span span;
     int most;
-    bool is_end, is_gate, begun;  // begun: the first unit
+    bool is_end, is_gate, begun;  // begun: its first units
     float of_residual;
     u32* to;
-    // The unit that is begun, in words of 16 bytes: from one to the next, to its other row, and where it lies.
+    // The units that are begun, in words of 16 bytes: from one to the next, to its other row, and where the first lies.
     int step, other;
     const uint4* first;
-    uint4 rows[AHEAD][2];
+    bool has_two;
+    uint4 rows[2][AHEAD][2];
     u64 waited;  // for weights, in cycles, by the first thread
 
     __device__ Program(Shared& shared, const Place& place) : Place(place), s(shared) {}
@@ -643,22 +642,18 @@ struct Program : Place {
 
     // Read some turns of a unit's two rows. Only a row's last turn may be less than whole.
     template <int COUNT, bool WHOLE>
-    __device__ __forceinline__ void read_rows(const uint4* one, const uint4* two, int left) {
+    __device__ __forceinline__ void read_rows(uint4 (*rows)[2], const uint4* one, const uint4* two, int left) const {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            if (!WHOLE && i == COUNT - 1) {
-                bool inside = lane + 32 * i < left;
-                rows[i][0] = inside ? one[32 * i] : make_uint4(0, 0, 0, 0);
-                rows[i][1] = inside ? two[32 * i] : make_uint4(0, 0, 0, 0);
-            } else {
-                rows[i][0] = one[32 * i], rows[i][1] = two[32 * i];
-            }
+            bool inside = WHOLE || i < COUNT - 1 || lane + 32 * i < left;
+            rows[i][0] = inside ? one[32 * i] : make_uint4(0, 0, 0, 0);
+            rows[i][1] = inside ? two[32 * i] : make_uint4(0, 0, 0, 0);
         }
     }
 
-    // Multiply what was read by its inputs, and add to the sums.
-    template <int COUNT, bool WHOLE>
-    __device__ __forceinline__ void multiply_rows(float (*sums)[4], const uint4* x, const uint4* other_x, int left) {
+    // Multiply what was read of some units by its inputs, and add to the sums.
+    template <int UNITS, int COUNT, bool WHOLE>
+    __device__ __forceinline__ void multiply_rows(float (*sums)[4][4], const uint4* x, const uint4* other_x, int left) const {
         uint4 inputs[COUNT][2];
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
@@ -668,34 +663,72 @@ struct Program : Place {
         }
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            multiply_tile(sums[0], inputs[i][0], rows[i][0].x, rows[i][0].y);
-            multiply_tile(sums[1], inputs[i][0], rows[i][1].x, rows[i][1].y);
-            multiply_tile(sums[2], inputs[i][1], rows[i][0].z, rows[i][0].w);
-            multiply_tile(sums[3], inputs[i][1], rows[i][1].z, rows[i][1].w);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                multiply_tile(sums[u][0], inputs[i][0], rows[u][i][0].x, rows[u][i][0].y);
+                multiply_tile(sums[u][1], inputs[i][0], rows[u][i][1].x, rows[u][i][1].y);
+                multiply_tile(sums[u][2], inputs[i][1], rows[u][i][0].z, rows[u][i][0].w);
+                multiply_tile(sums[u][3], inputs[i][1], rows[u][i][1].z, rows[u][i][1].w);
+            }
         }
     }
 
-    // Begin with a unit of the present slot, that of a place: where it lies, and its last turns.
-    __device__ __forceinline__ void begin_unit(int place) {
+    // Begin with units of the present slot, one at a place and maybe one WARPS places on: where they lie, and their last
+    // turns.
+    __device__ __forceinline__ void begin_units(int place, int count) {
         first = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane + place * step;
+        has_two = place + WARPS < count;
         if (is_end) read_last<HIDDEN>();
         else read_last<DIM>();
     }
     template <int INPUTS>
     __device__ __forceinline__ void read_last() {
-        constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS));
-        read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(first + before, first + other + before, INPUTS / 8 - before);
+        constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS)), left = INPUTS / 8 - before;
+        const uint4* at = first + before;
+        read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(rows[0], at, at + other, left);
+        if (!has_two) return;
+        at += WARPS * step;
+        read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(rows[1], at, at + other, left);
     }
 
-    // All products of the unit that was begun.
-    template <int INPUTS>
-    __device__ __forceinline__ void multiply_unit(float (*sums)[4], const uint4* x, const uint4* other_x) {
+    // All products of units that were begun, with the sums of each one's two rows in the lanes that `holds` names.
+    template <int UNITS, int INPUTS>
+    __device__ __forceinline__ void multiply_units(float (*results)[2], const uint4* x, const uint4* other_x) {
         constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS));
-        multiply_rows<FIRST(INPUTS), INPUTS % 256 == 0>(sums, x + before, other_x + before, INPUTS / 8 - before);
+        float sums[UNITS][4][4] = {};
+        multiply_rows<UNITS, FIRST(INPUTS), INPUTS % 256 == 0>(sums, x + before, other_x + before, INPUTS / 8 - before);
 #pragma unroll 1
         for (int at = 0; at < before; at += 32 * AHEAD) {
-            read_rows<AHEAD, true>(first + at, first + other + at, 0);
-            multiply_rows<AHEAD, true>(sums, x + at, other_x + at, 0);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                const uint4* from = first + u * WARPS * step + at;
+                read_rows<AHEAD, true>(rows[u], from, from + other, 0);
+            }
+            multiply_rows<UNITS, AHEAD, true>(sums, x + at, other_x + at, 0);
+        }
+        // The diagonal is in lanes that are multiples of 9, and of 9 and 4 more.
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float *a = sums[u][i], *b = sums[u][i + 2];
+                results[u][i] = lane & 4 ? a[1] + a[3] + (b[1] + b[3]) : a[0] + a[2] + (b[0] + b[2]);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < 2 * UNITS; u++) results[u / 2][u % 2] += shuffle_xor(results[u / 2][u % 2], 4);
+#pragma unroll
+        for (int u = 0; u < 2 * UNITS; u++) results[u / 2][u % 2] += shuffle_xor(results[u / 2][u % 2], 9);
+#pragma unroll
+        for (int u = 0; u < 2 * UNITS; u++) results[u / 2][u % 2] += shuffle_xor(results[u / 2][u % 2], 18);
+    }
+    template <int INPUTS>
+    __device__ __forceinline__ void multiply_begun(float (*results)[2], const uint4* x, const uint4* other_x) {
+        if (has_two) {
+            multiply_units<2, INPUTS>(results, x, other_x);
+        } else {
+            multiply_units<1, INPUTS>(results, x, other_x);
+            results[1][0] = results[1][1] = 0.0f;
         }
     }
 
@@ -712,15 +745,15 @@ struct Program : Place {
         int count = min(most, span.end - span.unit);
         other = is_gate ? count * length : length;
         begun = count > 0 && barrier_test(s.full + slot.stage, slot.parity);
-        if (begun && warp < count) begin_unit(warp);
+        if (begun && warp < count) begin_units(warp, count);
     }
 
     // Multiply this program's units of a map, which was prepared, by the row that was taken last.
     __device__ __forceinline__ void multiply(bool normalises, int layer) {
         const uint4* x = (normalises ? s.normalised.halves[0] : s.row.halves[0]) + lane;
         const uint4* other_x = x + (normalises ? DIM : MOST) / 8;
-        // Lanes that hold a part of the diagonal: those that are multiples of 9, and of 9 and 4 more.
-        const bool odd = lane & 4;
+        // Lanes that hold results give one each: 0 and 4 of the first unit, 9 and 13 of the second.
+        const bool gives = lane == 0 || lane == 4 || lane == 9 || lane == 13, second = lane >= 8, odd = lane & 4;
         float scale = normalises ? 0.0f : 1.0f;
         int place = warp;
 #pragma unroll 1
@@ -732,40 +765,31 @@ struct Program : Place {
             }
             // Units go round the warps.
 #pragma unroll 1
-            for (; place < count; place += WARPS) {
-                if (!begun) begin_unit(place);
-                float sums[4][4] = {}, results[2];
-                if (is_end) multiply_unit<HIDDEN>(sums, x, other_x);
-                else multiply_unit<DIM>(sums, x, other_x);
-                if (scale == 0.0f) scale = norm_factor();
+            for (; place < count; place += 2 * WARPS) {
+                if (!begun) begin_units(place, count);
                 begun = false;
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float even_sum = sums[i][0] + sums[i][2] + sums[i + 2][0] + sums[i + 2][2];
-                    float odd_sum = sums[i][1] + sums[i][3] + sums[i + 2][1] + sums[i + 2][3];
-                    results[i] = odd ? odd_sum : even_sum;
-                }
-#pragma unroll
-                for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 4);
-#pragma unroll
-                for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 9);
-#pragma unroll
-                for (int i = 0; i < 2; i++) results[i] += shuffle_xor(results[i], 18);
-                if (lane == 0 || lane == 4) give(unit + place, (odd ? results[1] : results[0]) * scale, results[1] * scale, layer);
+                float results[2][2];
+                if (is_end) multiply_begun<HIDDEN>(results, x, other_x);
+                else multiply_begun<DIM>(results, x, other_x);
+                if (scale == 0.0f) scale = norm_factor();
+                float one = second ? results[1][0] : results[0][0], two = second ? results[1][1] : results[0][1];
+                if (gives && (!second || has_two))
+                    give(unit + place + (second ? WARPS : 0), odd, (odd ? two : one) * scale, two * scale, layer);
             }
-            place -= count;
+            // The next slot's units go on with the next warp.
+            place = warp - (unit + count - span.unit) & WARPS - 1;
             slot_read();
             begun = false;
         }
     }
 
-    // Hand a unit's result on: of the lanes 0 and 4 one of its rows each, or of a gate and its value.
-    __device__ __forceinline__ void give(int unit, float value, float other_value, int layer) {
+    // Hand a result of a unit on: of one of its rows, or of a gate and its value.
+    __device__ __forceinline__ void give(int unit, bool odd, float value, float other_value, int layer) {
         if (is_gate) {
-            if (lane == 0) store_word(to + unit, sealed(__fdividef(other_value * value, 1.0f + __expf(-value)), epoch));
+            if (!odd) store_word(to + unit, sealed(__fdividef(other_value * value, 1.0f + __expf(-value)), epoch));
             return;
         }
-        int at = 2 * unit + lane / 4;
+        int at = 2 * unit + odd;
         if (of_residual != 0.0f) value += of_residual * s.residual[at];
         if (is_end && layer == LAYERS - 1) {
             output[at] = (u16)pair_of(value, 0.0f);
@@ -789,6 +813,53 @@ struct Program : Place {
         meet();
     }
 
+    // Turn pairs of eight numbers of a head by the position's angles.
+    __device__ __forceinline__ void turn_pairs(float* x, const float* angles) const {
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            float a = x[j], b = x[j + 1];
+            x[j] = a * angles[j] - b * angles[j + 1];
+            x[j + 1] = b * angles[j] + a * angles[j + 1];
+        }
+    }
+
+    // A key's score, in all lanes that share the key.
+    __device__ __forceinline__ float score_of(uint4 words, const float* query, bool kept) const {
+        float key[8], even = 0.0f, odd = 0.0f;
+        unpack(words, key);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            even = fmaf(key[j], query[j], even);
+            odd = fmaf(key[j + 1], query[j + 1], odd);
+        }
+        even += odd;
+#pragma unroll
+        for (int mask = 1; mask < WIDTH / 8; mask *= 2) even += shuffle_xor(even, mask);
+        return kept ? even : NOTHING;
+    }
+
+    // Add the values of some keys to the sums, which are relative to the best score so far.
+    template <int COUNT>
+    __device__ __forceinline__ void add_keys(const float* scores, const uint4* values, float* sums, float& best,
+                                             float& mass) const {
+        float largest = best;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) largest = fmaxf(largest, scores[i]);
+        float shrink = __expf(best - largest);
+        best = largest;
+        mass *= shrink;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] *= shrink;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            float share = scores[i] > NOTHING ? __expf(scores[i] - largest) : 0.0f, value[8];
+            unpack(values[i], value);
+            mass += share;
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums[j] = fmaf(share, value[j], sums[j]);
+        }
+    }
+
     // One part of one head's attention over the cache, which takes the new key and value.
     __device__ __forceinline__ void attend(int layer, int item) {
         constexpr int lanes = WIDTH / 8;     // that share a key
@@ -799,75 +870,56 @@ struct Program : Place {
         Part part = part_of(item, held);
         take_head(layer, head);
         int e = lane % lanes * 8;
-        float angles[8], query[8], key[8], value[8], sums[8] = {};
+        float angles[8], query[8], sums[8] = {}, best = NOTHING, mass = 0.0f;
         read8(s.angles + e, angles);
         read8(s.heads + e, query);
-        read8(s.heads + WIDTH + e, key);
-        read8(s.heads + 2 * WIDTH + e, value);
-        float scale = rsqrtf((float)WIDTH);
+        turn_pairs(query, angles);
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            float a = query[j], b = query[j + 1];
-            query[j] = (a * angles[j] - b * angles[j + 1]) * scale;
-            query[j + 1] = (b * angles[j] + a * angles[j + 1]) * scale;
-            a = key[j], b = key[j + 1];
-            key[j] = rounded(a * angles[j] - b * angles[j + 1]);
-            key[j + 1] = rounded(b * angles[j] + a * angles[j + 1]);
-            value[j] = rounded(value[j]), value[j + 1] = rounded(value[j + 1]);
-        }
-        float best = NOTHING, mass = 0.0f;
-        for (int begin = part.begin; begin < part.end; begin += KEYS) {
-            barrier_wait(s.kv_full + block.stage, block.parity);
-            float score[turns], v[turns][8];
-#pragma unroll
-            for (int turn = 0; turn < turns; turn++) {
-                int i = (turn * WARPS + warp) * beside + lane / lanes, place = begin + i;
-                bool kept = place < part.end;
-                const uint4* at = (const uint4*)(s.keys + (block.stage * KEYS + i) * WIDTH + e);
-                const uint4* at_value = (const uint4*)(s.values + (block.stage * KEYS + i) * WIDTH + e);
-                float k[8];
-                if (place == written) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) k[j] = key[j], v[turn][j] = value[j];
-                } else {
-                    uint4 a = kept ? *at : make_uint4(0, 0, 0, 0), b = kept ? *at_value : make_uint4(0, 0, 0, 0);
-                    unpack(a, k);
-                    unpack(b, v[turn]);
-                }
-                float sum = 0.0f, other = 0.0f;
-#pragma unroll
-                for (int j = 0; j < 8; j += 2) {
-                    sum = fmaf(k[j], query[j], sum);
-                    other = fmaf(k[j + 1], query[j + 1], other);
-                }
-                sum += other;
-#pragma unroll
-                for (int mask = 1; mask < lanes; mask *= 2) sum += shuffle_xor(sum, mask);
-                score[turn] = kept ? sum : NOTHING;
+        for (int j = 0; j < 8; j++) query[j] *= rsqrtf((float)WIDTH);
+        // The new token's own key and value: for one warp.
+        if (warp == 0 && written >= part.begin && written < part.end) {
+            float key[8], value[8];
+            read8(s.heads + WIDTH + e, key);
+            read8(s.heads + 2 * WIDTH + e, value);
+            turn_pairs(key, angles);
+            uint4 packed_key = packed(key), packed_value = packed(value);
+            float score[1] = {score_of(packed_key, query, lane < lanes)};
+            add_keys<1>(score, &packed_value, sums, best, mass);
+            if (lane < lanes) {
+                i64 at = ((i64)head * capacity + written) * WIDTH + e;
+                *(uint4*)(s.layers[layer].keys + at) = packed_key;
+                *(uint4*)(s.layers[layer].values + at) = packed_value;
             }
-            float largest = best;
-#pragma unroll
-            for (int turn = 0; turn < turns; turn++) largest = fmaxf(largest, score[turn]);
-            float shrink = __expf(best - largest);
-            best = largest;
-            mass *= shrink;
-#pragma unroll
-            for (int j = 0; j < 8; j++) sums[j] *= shrink;
-#pragma unroll
-            for (int turn = 0; turn < turns; turn++) {
-                float share = score[turn] > NOTHING ? __expf(score[turn] - largest) : 0.0f;
-                mass += share;
-#pragma unroll
-                for (int j = 0; j < 8; j++) sums[j] = fmaf(share, v[turn][j], sums[j]);
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(s.kv_empty + block.stage);
-            block.next<KV_STAGES>();
         }
-        if (warp == 0 && lane < lanes && written >= part.begin && written < part.end) {
-            i64 at = ((i64)head * capacity + written) * WIDTH + e;
-            *(uint4*)(s.layers[layer].keys + at) = packed(key);
-            *(uint4*)(s.layers[layer].values + at) = packed(value);
+        for (int begin = part.begin; begin < part.end; begin += KV_STAGES * KEYS) {
+            // All stages at once, so that their sums wait for each other less.
+            float scores[KV_STAGES * turns];
+            uint4 values[KV_STAGES * turns];
+#pragma unroll
+            for (int i = 0; i < KV_STAGES; i++) {
+                int first = begin + i * KEYS;
+                bool filled = first < part.end;
+                if (filled) barrier_wait(s.kv_full + block.stage, block.parity);
+                uint4 keys[turns];
+#pragma unroll
+                for (int turn = 0; turn < turns; turn++) {
+                    int k = (turn * WARPS + warp) * beside + lane / lanes, at = (block.stage * KEYS + k) * WIDTH + e;
+                    bool kept = first + k < part.end && first + k != written;
+                    keys[turn] = kept ? *(const uint4*)(s.keys + at) : make_uint4(0, 0, 0, 0);
+                    values[i * turns + turn] = kept ? *(const uint4*)(s.values + at) : make_uint4(0, 0, 0, 0);
+                }
+#pragma unroll
+                for (int turn = 0; turn < turns; turn++) {
+                    int k = (turn * WARPS + warp) * beside + lane / lanes;
+                    scores[i * turns + turn] =
+                        score_of(keys[turn], query, first + k < part.end && first + k != written);
+                }
+                if (!filled) continue;
+                __syncwarp();
+                if (lane == 0) barrier_arrive(s.kv_empty + block.stage);
+                block.next<KV_STAGES>();
+            }
+            add_keys<KV_STAGES * turns>(scores, values, sums, best, mass);
         }
         // Together: the keys of a warp, then the warps.
         float largest = best;

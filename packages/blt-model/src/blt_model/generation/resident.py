@@ -29,8 +29,6 @@ from blt_model.generation.steps import BlockStep, CrossStep
 
 _WIDE_ROW = 1_024
 """Numbers of a row above which it is wide."""
-_SLOT = 24_576
-"""Bytes of a slot of weights, where rows are not too long."""
 _WARPS = 8
 """Of a program, that multiply."""
 _KV_NUMBERS = 2 * 4096
@@ -87,6 +85,8 @@ _LAYER = np.dtype(
 class Manner:
     """How a stack goes about it, which changes nothing of what it computes but the order of sums."""
 
+    slot: int
+    """Bytes of a slot of weights, where its rows are not too long: a multiple of 128."""
     piece: int
     """Bytes of weights that a program orders at once: a multiple of 16."""
     period: int
@@ -95,8 +95,8 @@ class Manner:
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(piece=8_192, period=0)
-_WIDE = Manner(piece=12_288, period=800)
+_NARROW = Manner(slot=49_152, piece=8_192, period=0)
+_WIDE = Manner(slot=24_576, piece=12_288, period=800)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -126,7 +126,7 @@ class Sizes:
     @property
     def slot(self) -> int:
         """Bytes of a slot of the ring: of two rows at least, and as many as make large pieces of narrow ones."""
-        return max(_SLOT, -(-4 * max(self.dim, self.hidden) // 128) * 128)
+        return max(self.manner.slot, -(-4 * max(self.dim, self.hidden) // 128) * 128)
 
     @property
     def slots(self) -> int:

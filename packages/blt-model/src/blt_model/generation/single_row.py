@@ -23,9 +23,14 @@ from blt_model.generation import fused
 from blt_model.generation.graphs import Fork, bucket
 from blt_model.generation.resident import Tap
 from blt_model.generation.session import BLTSession
+from blt_model.vocabulary import EOS_ID
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From logits [1, V] and a random number float64 [1] to a token int64 [1] and its log-probability float64 [1]."""
+
+
+_LOOKS = 100_000
+"""At a result that has not come, before the host waits in another way."""
 
 
 class SingleRowSession(BLTSession):
@@ -75,35 +80,49 @@ class SingleRowSession(BLTSession):
         """
         self._reserve(int(self._positions[0]) + 1, int(self._open_lengths[0]) + 1)
         self._number_out[0] = uniform
+        self._numbers_back[:] = math.nan
         changed = [self._numbers.device, self._tokens]
         if self._hashes is not None:
             changed.append(self._hashes.symbols)
         self._runner.run(("ahead", self._kind), self._ahead, changed)
 
-    def finish(self, token: int) -> tuple[int, float]:
+    def finish(self, token: int, uniform: float | None) -> tuple[int, float]:
         """Wait for what was launched, and where it completed a patch, run what that changes.
 
         Args:
             token: the one that was taken.
+            uniform: the random number for what follows the next token, which is launched at once unless that token ends
+                the text; None to launch nothing.
 
         Returns:
             The next token, now the present one, and its log-probability.
         """
-        self._wait()
+        # What the host has to keep up is done while the device works.
         self._positions[0] += 1
         self._open_lengths[0] += 1
         if self._entropy_steps is not None:
             self._entropy_steps.advance([token])
-        entropy = math.nan if self._entropy_steps is None else float(self._numbers_back[2])
-        if self._patchers[0].push(token, entropy):
+        self._wait(3 if self._entropy_steps is not None else 2)
+        if self._patchers[0].push(token, float(self._numbers_back[2])):
             self._take_patch()
-            self._wait()
+            self._wait(2)
         next_token, log_probability, _ = self._numbers_back.tolist()
+        if uniform is not None and next_token != EOS_ID:
+            self.launch(uniform)
         return int(next_token), log_probability
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+    def _wait(self, count: int) -> None:
+        """Wait until so many numbers of a result have come."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._is_fused:
+            # They are seen before the kernel that writes them is known to have ended.
+            back = self._numbers_back
+            for _ in range(_LOOKS):
+                if all(back[index] == back[index] for index in range(count)):  # not NaN
+                    return
+        stream.synchronize()
 
     def _ahead(self) -> None:
         positions, open_lengths, lm_positions = self._numbers.device
@@ -135,6 +154,7 @@ class SingleRowSession(BLTSession):
         """Run the latent transformer for the complete patch, and choose once more."""
         changed = [self._tokens, self._numbers.device, self._patch_position]
         if self._is_fused:
+            self._numbers_back[:2] = math.nan
             longest = bucket(int(self._open_lengths[0]), self._patch_steps.open_capacity)
             self._runner.run(("again", self._kind, longest), lambda: self._again(longest), changed)
             self._patch_counts[0] += 1
