@@ -204,14 +204,16 @@ inline void barrier_begin(unsigned long long* barrier, uint32_t arrivals) {
     emulated::barriers[barrier] = {arrivals};
 }
 inline void barriers_begun() {}
-inline void barrier_arrive(unsigned long long* barrier, uint32_t bytes = 0) {
+inline void barrier_arrive(unsigned long long* barrier, uint32_t count = 1) {
     emulated::Barrier& at = emulated::barriers.at(barrier);
-    emulated::require(at.arrived < at.arrivals, "a stage is filled before it was read, or read twice");
-    at.arrived++;
-    at.expected += bytes;
+    at.arrived += count;
+    emulated::require(at.arrived <= at.arrivals, "a stage is filled before it was read, or read twice");
     emulated::steps++;
 }
-inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) { barrier_arrive(barrier, bytes); }
+inline void barrier_expect(unsigned long long* barrier, uint32_t bytes) {
+    emulated::barriers.at(barrier).expected += bytes;
+    barrier_arrive(barrier);
+}
 // Whether a phase has ended; copies that can land do, some of the times.
 inline bool barrier_test(const unsigned long long* barrier, uint32_t parity) {
     emulated::Barrier& at = emulated::barriers.at((void*)barrier);

@@ -38,6 +38,7 @@ typedef long long i64;
 #define THREADS (WARPS * 32)  // that multiply; the supplier's come after them
 #define AHEAD 4              // turns of 256 inputs whose weights are read before they are multiplied
 #define TURNS(inputs) (((inputs) + 255) / 256)
+#define HAVE_TWO(inputs) (SLOT / (4 * (inputs)) > WARPS)  // whether a slot may have two units of a warp
 #define FIRST(inputs) ((TURNS(inputs) - 1) % AHEAD + 1)  // turns that are multiplied first, the last of the row
 #define KV_STAGES 2
 #define NORMS 2              // whose scales are under way at once
@@ -112,8 +113,8 @@ __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_arrive(u64* barrier, u32 count = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(count) : "memory");
 }
 __device__ __forceinline__ bool barrier_test(const u64* barrier, u32 parity) {
     u32 done;
@@ -365,6 +366,8 @@ struct Supplier : Place {
         const u16* from = of.weight + (i64)unit * (of.kind == GATE ? 1 : 2) * of.inputs;
         u16* to = s.ring + slot.stage * (SLOT / 2);
         barrier_expect(s.full + slot.stage, 2 * row);
+        // For the warps that will have no unit here, and pass by.
+        if (count < WARPS) barrier_arrive(s.empty + slot.stage, WARPS - count);
         if (of.kind == GATE) {
             order(to, from, row);
             order(to + row / 2, from + (i64)of.units * of.inputs, row);
@@ -496,7 +499,6 @@ struct Program : Place {
     __device__ __forceinline__ void slot_read() {
         __syncwarp();
         if (lane == 0) barrier_arrive(s.empty + slot.stage);
-        slot.next<SLOTS>();
     }
 
     // Where a map's results go.
@@ -686,7 +688,7 @@ struct Program : Place {
         constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS)), left = INPUTS / 8 - before;
         const uint4* at = first + before;
         read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(rows[0], at, at + other, left);
-        if (!has_two) return;
+        if (!HAVE_TWO(INPUTS) || !has_two) return;
         at += WARPS * step;
         read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(rows[1], at, at + other, left);
     }
@@ -724,7 +726,7 @@ struct Program : Place {
     }
     template <int INPUTS>
     __device__ __forceinline__ void multiply_begun(float (*results)[2], const uint4* x, const uint4* other_x) {
-        if (has_two) {
+        if (HAVE_TWO(INPUTS) && has_two) {
             multiply_units<2, INPUTS>(results, x, other_x);
         } else {
             multiply_units<1, INPUTS>(results, x, other_x);
@@ -759,10 +761,12 @@ struct Program : Place {
 #pragma unroll 1
         for (int unit = span.unit; unit < span.end; unit += most) {
             int count = min(most, span.end - unit);
+            // Also for slots that this warp has no unit in, as only the next filling of a slot can be told from this one.
             if (!begun) {
                 await_slot();
                 if (is_gate) other = count * (DIM / 8);
             }
+            bool passes = place >= count;
             // Units go round the warps.
 #pragma unroll 1
             for (; place < count; place += 2 * WARPS) {
@@ -778,7 +782,8 @@ struct Program : Place {
             }
             // The next slot's units go on with the next warp.
             place = warp - (unit + count - span.unit) & WARPS - 1;
-            slot_read();
+            if (!passes) slot_read();
+            slot.next<SLOTS>();
             begun = false;
         }
     }
@@ -969,28 +974,23 @@ struct Program : Place {
             for (int i = 0; i < SPLITS; i++) v[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int i = 0; i < SPLITS / 2; i++) t[i] = make_uint4(0, 0, 0, 0);
-            // Where there are many, first the few that were written last.
+            // Where there are many, those of a part only when the few that were written last are there.
             constexpr bool few = SPLITS * DIM <= 4096;
             bool waits = true;
             while (waits) {
                 waits = false;
 #pragma unroll
+                for (int i = 0; i < SPLITS; i++) {
+                    bool written = few || (((i % 2 ? t[i / 2].z : t[i / 2].x) ^ epoch) & 3u) == 0;
+                    if (written && !is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
+                }
+#pragma unroll
                 for (int i = 0; i < SPLITS / 2; i++)
                     if (!is_there(t[i], epoch)) t[i] = load_words(stats + 2 * head * SPLITS + 4 * i);
 #pragma unroll
-                for (int i = 0; i < SPLITS; i++)
-                    if (few && !is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
+                for (int i = 0; i < SPLITS; i++) waits |= !is_there(v[i], epoch);
 #pragma unroll
                 for (int i = 0; i < SPLITS / 2; i++) waits |= !is_there(t[i], epoch);
-            }
-            waits = true;
-            while (waits) {
-                waits = false;
-#pragma unroll
-                for (int i = 0; i < SPLITS; i++)
-                    if (!is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
-#pragma unroll
-                for (int i = 0; i < SPLITS; i++) waits |= !is_there(v[i], epoch);
             }
             float largest = NOTHING;
 #pragma unroll
