@@ -169,8 +169,8 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     """Times of all manners, the quickest first."""
     ways = [
         resident.Manner(slot=slot, piece=piece, period=period * piece // 8_192)
-        for slot in (24_576, 49_152, 65_536)
-        for piece, period in ((8_192, 0), (8_192, 600), (12_288, 490), (12_288, 520))
+        for slot in (24_576, 36_864, 49_152)
+        for piece, period in ((12_288, 0), (12_288, 500), (12_288, 540), (8_192, 600))
     ]
     at = positions(stacks, run)
 
