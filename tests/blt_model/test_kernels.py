@@ -163,18 +163,21 @@ def test_entropies_and_choice(kernels: ModuleType, seed: int) -> None:
     torch.testing.assert_close(log_probabilities, allowed.amax(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("has_entropy", [True, False])
-def test_a_step_is_handed_over(kernels: ModuleType, has_entropy: bool) -> None:
-    token = torch.tensor([77], device=DEVICE)
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_step_is_handed_over(kernels: ModuleType, before: int) -> None:
+    """Into the half of the place's parity, where the place is a counter itself, too."""
     log_probability = torch.tensor([-1.25], dtype=torch.float64, device=DEVICE)
-    entropies = torch.tensor([0.5, 9.0], device=DEVICE) if has_entropy else None
-    tokens, result = torch.tensor([3], device=DEVICE), torch.full((3,), 7.0, dtype=torch.float64, device=DEVICE)
-    numbers = torch.tensor([[4], [5], [6]], device=DEVICE)
-    counters = numbers.view(-1) if has_entropy else numbers.view(-1)[:0]
-    fused.hand_over(token, log_probability, entropies, tokens, counters, result)
-    assert tokens.tolist() == [77]
-    assert result.tolist() == [77.0, -1.25, 0.5 if has_entropy else 7.0]
-    assert numbers.flatten().tolist() == ([5, 6, 7] if has_entropy else [4, 5, 6])
+    tokens, counters = torch.tensor([3], device=DEVICE), torch.tensor([4, 5, 6], device=DEVICE)
+    result = torch.full((2, 2), 7.0, dtype=torch.float64, pin_memory=DEVICE.type == "cuda")
+    for step, token in enumerate((77, 78)):
+        taken = torch.tensor([token], device=DEVICE)
+        fused.hand_over(taken, log_probability, tokens, counters, counters[:1], result, before=before)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        assert tokens.tolist() == [token]
+        assert counters.tolist() == [5 + step, 6 + step, 7 + step]
+        assert result[(step + before) % 2].tolist() == [token, -1.25]
+    assert result[before].tolist() == [77.0, -1.25]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -118,7 +118,7 @@ def problems(run: Settings) -> tuple[dict[str, Problem], Programs]:
     for name, (blocks, shape, read) in stacks.items():
         cache = AttentionCache(shape, 1, dtype=torch.bfloat16, device=run.device)
         made[name] = Problem.of(block_steps(blocks), cache, read, config.cross_attention.k)
-    return made, Programs.of(run.device, model, lm)
+    return made, Programs.of(run.device, has_entropy_model=True)
 
 
 def figures(

@@ -193,10 +193,17 @@ def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 def hand_over(
-    token: Tensor, log_probability: Tensor, entropies: Tensor | None, tokens: Tensor, numbers: Tensor, result: Tensor
+    token: Tensor,
+    log_probability: Tensor,
+    tokens: Tensor,
+    counters: Tensor,
+    place: Tensor,
+    result: Tensor,
+    *,
+    before: int = 0,
 ) -> None:
     """Leave what a step has found for the next one and the host; see `token_kernels.hand_over`."""
-    _token_kernels().hand_over(token, log_probability, entropies, tokens, numbers, result)
+    _token_kernels().hand_over(token, log_probability, tokens, counters, place, result, before=before)
 
 
 def patch_vectors(cross: CrossStep, vectors: Tensor, states: Tensor, lengths: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class BLTSession:
         self._encoder_cross = _places(model.encoder.cross_attention)
         self._decoder_cross = _places(model.decoder.cross_attention)
         self._stacks = self._resident_stacks() if self._is_fused else Stacks()
-        self._programs = Programs.of(self.device, model, entropy_model)
+        self._programs = Programs.of(self.device, has_entropy_model=entropy_model is not None)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
         self._numbers = StepNumbers(3, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
@@ -272,6 +272,9 @@ class BLTSession:
         wanted = positions, open_length, int(self._patch_counts.max()) + 1
         if all(map(operator.le, wanted, self._room)):
             return
+        if self.device.type == "cuda":
+            # Graphs that may be forgotten below are not under way then.
+            torch.cuda.current_stream(self.device).synchronize()
         caches = [self._encoder, self._decoder]
         if self._entropy_steps is not None:
             caches.append(self._entropy_steps.cache)
@@ -337,16 +340,17 @@ class BLTSession:
         self._states[:size] = self._encode(tokens, positions, slots, plan)
         fork.join()
 
-    def _put_entropies(self, tokens: Tensor, plan: Plan) -> None:
-        """Run the entropy model for tokens, int64 [n], and leave float32 [n] nats."""
+    def _put_entropies(self, tokens: Tensor, plan: Plan, out: Tensor | None = None) -> None:
+        """Run the entropy model for tokens, int64 [n], and leave float32 [n] nats; None is for the usual place."""
         lm = self._entropy_steps
         if lm is None:
             return
         states = lm.step(tokens, plan)
+        out = self._entropies if out is None else out
         if self._is_fused:
-            fused.put_entropies(states, lm.model, self._entropies)
+            fused.put_entropies(states, lm.model, out)
         else:
-            self._entropies[: len(tokens)] = next_byte_entropy(lm.model.wide_logits(states))
+            out[: len(tokens)] = next_byte_entropy(lm.model.wide_logits(states))
 
     def _encode(self, tokens: Tensor, positions: Tensor, slots: Tensor, plan: Plan) -> Tensor:
         """Byte states [n, dim]."""

@@ -5,17 +5,20 @@ the patch that it read before. So the decoder and the choice of the next byte ru
 the byte does complete a patch, the latent transformer runs, and the decoder and the choice once more; what the first
 run of the decoder left in its cache is overwritten.
 
-All counters lie on the device and are moved on by the graphs, so that a step uploads nothing but a random number, and
-the host waits once for a byte that completes no patch. What the host reads is written to its memory by a kernel.
+All counters lie on the device and are moved on by the graphs, so that a step uploads nothing but a random number.
+Kernels write what the host reads to its memory: the entropy as soon as it is known, upon which the host launches what
+follows, the next byte too, while the last kernels of the step still run; so the device has always something to do. If
+that byte is found to end the text, what was launched was in vain, and is overwritten by the next text.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,7 +26,6 @@ from blt_model.generation import fused
 from blt_model.generation.graphs import Fork, bucket
 from blt_model.generation.resident import Tap
 from blt_model.generation.session import BLTSession
-from blt_model.vocabulary import EOS_ID
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From logits [1, V] and a random number float64 [1] to a token int64 [1] and its log-probability float64 [1]."""
@@ -53,16 +55,18 @@ class SingleRowSession(BLTSession):
             kind: equal for what chooses in the same way from the same tensors; "likeliest" for what reads no random
                 number.
         """
-        if not hasattr(self, "_result"):
+        if not hasattr(self, "_results"):
             pinned = self.device.type == "cuda"
-            self._result = torch.zeros(3, dtype=torch.float64, device=self.device)
             self._row = torch.zeros(1, dtype=torch.int64, device=self.device)
             self._patch_position = torch.zeros(1, dtype=torch.int64, device=self.device)
             self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
-            self._host_result = torch.zeros(3, dtype=torch.float64, pin_memory=pinned)
             self._host_uniform = torch.zeros(1, dtype=torch.float64, pin_memory=pinned)
+            # Of running ahead and of patches, for steps of even and odd positions: a token and its log-probability.
+            self._results = torch.zeros(2, 2, 2, dtype=torch.float64, pin_memory=pinned)
+            self._host_entropy = torch.zeros(1, dtype=torch.float32, pin_memory=pinned)
             # Views of the same memory, quicker to read and write number by number.
-            self._numbers_back, self._number_out = self._host_result.numpy(), self._host_uniform.numpy()
+            self._results_back, self._number_out = self._results.numpy(), self._host_uniform.numpy()
+            self._entropy_back = self._host_entropy.numpy()
         self._choose, self._kind = choose, kind
         self._is_likeliest = kind == "likeliest"
         self._tokens.fill_(token)
@@ -78,9 +82,10 @@ class SingleRowSession(BLTSession):
         Args:
             uniform: the random number of the choice.
         """
-        self._reserve(int(self._positions[0]) + 1, int(self._open_lengths[0]) + 1)
+        position = int(self._positions[0])
+        self._reserve(position + 1, int(self._open_lengths[0]) + 1)
         self._number_out[0] = uniform
-        self._numbers_back[:] = math.nan
+        self._results_back[:, position % 2] = self._entropy_back[0] = math.nan
         changed = [self._numbers.device, self._tokens]
         if self._hashes is not None:
             changed.append(self._hashes.symbols)
@@ -91,38 +96,41 @@ class SingleRowSession(BLTSession):
 
         Args:
             token: the one that was taken.
-            uniform: the random number for what follows the next token, which is launched at once unless that token ends
-                the text; None to launch nothing.
+            uniform: the random number for what follows the next token, which is launched at once; None to launch
+                nothing.
 
         Returns:
             The next token, now the present one, and its log-probability.
         """
         # What the host has to keep up is done while the device works.
+        parity = int(self._positions[0]) % 2
         self._positions[0] += 1
         self._open_lengths[0] += 1
+        entropy = math.nan
         if self._entropy_steps is not None:
             self._entropy_steps.advance([token])
-        self._wait(3 if self._entropy_steps is not None else 2)
-        if self._patchers[0].push(token, float(self._numbers_back[2])):
+            (entropy,) = self._seen(self._entropy_back)
+        completes = self._patchers[0].push(token, entropy)
+        if completes:
             self._take_patch()
-            self._wait(2)
-        next_token, log_probability, _ = self._numbers_back.tolist()
-        if uniform is not None and next_token != EOS_ID:
+        # Without kernels of our own results are told apart by when they come.
+        if uniform is not None and self._is_fused:
+            self.launch(uniform)
+        next_token, log_probability = self._seen(self._results_back[int(completes), parity])
+        if uniform is not None and not self._is_fused:
             self.launch(uniform)
         return int(next_token), log_probability
 
-    def _wait(self, count: int) -> None:
-        """Wait until so many numbers of a result have come."""
-        if self.device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if self._is_fused:
-            # They are seen before the kernel that writes them is known to have ended.
-            back = self._numbers_back
-            for _ in range(_LOOKS):
-                if all(back[index] == back[index] for index in range(count)):  # not NaN
-                    return
-        stream.synchronize()
+    def _seen(self, numbers: npt.NDArray[np.floating[Any]]) -> list[float]:
+        """Numbers of a result, once they have come."""
+        # They are seen before the kernel that writes them is known to have ended.
+        for _ in range(_LOOKS if self._is_fused else 0):
+            if not np.isnan(numbers).any():
+                break
+        else:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+        return [float(number) for number in numbers]
 
     def _ahead(self) -> None:
         positions, open_lengths, lm_positions = self._numbers.device
@@ -135,7 +143,7 @@ class SingleRowSession(BLTSession):
         with fork.branch():
             if lm is not None:
                 lm_plan = lm.plan_static(self._tokens, lm_positions, self._programs.entropy_model)
-                self._put_entropies(self._tokens, lm_plan)
+                self._put_entropies(self._tokens, lm_plan, self._host_entropy if self._is_fused else None)
         if whole is None or x is None:
             plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
             self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
@@ -148,13 +156,14 @@ class SingleRowSession(BLTSession):
         fork.join()
         if lm is not None and lm.context_start is not None:
             lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
-        self._hand_over(*chosen, None if lm is None else self._entropies, self._numbers.device.view(-1))
+        if lm is not None and not self._is_fused:
+            self._host_entropy.copy_(self._entropies[:1], non_blocking=True)
+        self._hand_over(*chosen, self._numbers.device.view(-1), self._results[0], before=0)
 
     def _take_patch(self) -> None:
         """Run the latent transformer for the complete patch, and choose once more."""
         changed = [self._tokens, self._numbers.device, self._patch_position]
         if self._is_fused:
-            self._numbers_back[:2] = math.nan
             longest = bucket(int(self._open_lengths[0]), self._patch_steps.open_capacity)
             self._runner.run(("again", self._kind, longest), lambda: self._again(longest), changed)
             self._patch_counts[0] += 1
@@ -170,22 +179,26 @@ class SingleRowSession(BLTSession):
             step = fused.FusedStep(self._patch_position, self._row)
             self._patch_steps.complete_one(self._row, step, longest, open_lengths)
         open_lengths.zero_()
-        chosen = self._choose(self._decode_row(positions - 1, self._programs.all), self._uniform)
-        self._hand_over(*chosen, None, self._patch_position)
+        before = positions - 1
+        chosen = self._choose(self._decode_row(before, self._programs.all), self._uniform)
+        self._hand_over(*chosen, self._patch_position, self._results[1], before=1)
 
     def _decode_row(self, positions: Tensor, programs: int) -> Tensor:
         """Logits [1, V] from the states that the encoder has left."""
         plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity, programs)
         return self._decode(self._states, plan)
 
-    def _hand_over(self, token: Tensor, log_probability: Tensor, entropies: Tensor | None, counters: Tensor) -> None:
-        """Leave what was found for the next step and the host, and count up."""
+    def _hand_over(
+        self, token: Tensor, log_probability: Tensor, counters: Tensor, result: Tensor, *, before: int
+    ) -> None:
+        """Leave what was found for the next step and the host, and count up; for the position so many before."""
+        place = self._numbers.device[0]
         if self._is_fused:
-            fused.hand_over(token, log_probability, entropies, self._tokens, counters, self._host_result)
+            fused.hand_over(token, log_probability, self._tokens, counters, place, result, before=before)
             return
-        self._result[:1], self._result[1:2] = token, log_probability
-        if entropies is not None:
-            self._result[2:] = entropies
+        # As the place is known to the device alone, both halves take what was found.
+        for half in result:
+            half[:1].copy_(token, non_blocking=True)
+            half[1:].copy_(log_probability, non_blocking=True)
         counters.add_(1)
         self._tokens.copy_(token)
-        self._host_result.copy_(self._result, non_blocking=True)

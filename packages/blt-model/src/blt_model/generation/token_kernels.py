@@ -145,7 +145,7 @@ def entropy(logits: Tensor, out: Tensor) -> None:
 
     Args:
         logits: float32 [n, V], contiguous.
-        out: float32, at least [n], to write to; nats.
+        out: float32, at least [n], to write to, nats; may be pinned memory of the host.
     """
     _entropy[(len(logits),)](
         logits, out, logits.shape[1], BLOCK=triton.next_power_of_2(logits.shape[1]), **dependence(), num_warps=1
@@ -171,46 +171,54 @@ def _likeliest(logits, token, log_probability, vocabulary, first, end, BLOCK: tl
 
 @triton.jit
 def _hand_over(
-    token, log_probability, entropies, tokens, numbers, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, DEPENDENT: tl.constexpr,
+    token, log_probability, tokens, counters, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The one row."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     chosen = tl.load(token)
+    to = result + (tl.load(place) - BEFORE) % 2 * 2
     tl.store(tokens, chosen)
-    tl.store(result, chosen.to(tl.float64))
-    tl.store(result + 1, tl.load(log_probability))
-    if HAS_ENTROPY:
-        tl.store(result + 2, tl.load(entropies).to(tl.float64))
+    tl.store(to, chosen.to(tl.float64))
+    tl.store(to + 1, tl.load(log_probability))
     n = tl.arange(0, BLOCK)
-    tl.store(numbers + n, tl.load(numbers + n, mask=n < COUNT, other=0) + 1, mask=n < COUNT)
+    tl.store(counters + n, tl.load(counters + n, mask=n < COUNT, other=0) + 1, mask=n < COUNT)
 
 
 def hand_over(
-    token: Tensor, log_probability: Tensor, entropies: Tensor | None, tokens: Tensor, numbers: Tensor, result: Tensor
+    token: Tensor,
+    log_probability: Tensor,
+    tokens: Tensor,
+    counters: Tensor,
+    place: Tensor,
+    result: Tensor,
+    *,
+    before: int = 0,
 ) -> None:
     """Leave what a step of one row has found where the next step and the host look for it.
 
     Args:
         token: int64 [1] the next token.
         log_probability: float64 [1] its own.
-        entropies: float32 [1] of the token before it; None for none, or where it has been handed over.
         tokens: int64 [1] takes the token.
-        numbers: int64 [count], contiguous, counted up by one each.
-        result: float64 [3] takes token, log-probability and entropy; may be pinned memory of the host.
+        counters: int64 [count], contiguous, counted up by one each.
+        place: int64 [1] a number whose parity says which half of the result takes token and log-probability; may be
+            one of the counters, and is read before they are counted up.
+        result: float64 [2, 2], contiguous; may be pinned memory of the host.
+        before: to subtract from the place.
     """
     _hand_over[(1,)](
         token,
         log_probability,
-        token if entropies is None else entropies,
         tokens,
-        numbers,
+        counters,
+        place,
         result,
-        COUNT=numbers.numel(),
-        BLOCK=triton.next_power_of_2(max(numbers.numel(), 1)),
-        HAS_ENTROPY=entropies is not None,
+        COUNT=counters.numel(),
+        BLOCK=triton.next_power_of_2(counters.numel()),
+        BEFORE=before,
         **dependence(),
         num_warps=1,
     )
