@@ -26,8 +26,8 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   SLOTS of a program's ring and SLOT (bytes of each), PIECE (bytes of weights that are ordered at once) and
-//   PERIOD (cycles for so many), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0
+//   SLOTS of a program's ring and SLOT (bytes of each), IN_FLIGHT (slots under way at once; 0 for all), PIECE
+//   (bytes of weights that are ordered at once) and PERIOD (cycles for so many), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0
 //   for float16).
 
 typedef unsigned short u16;
@@ -331,6 +331,8 @@ struct Supplier : Place {
     int map, unit, end;
     Turn slot;
     u32 due;
+    int flying;    // slots that are under way or were when last looked at
+    Turn arrives;  // the first of them
     int layer, item, block;  // of keys
     Turn keys;
     int norm;  // by its place in the stack, of three a layer
@@ -361,6 +363,14 @@ struct Supplier : Place {
     }
 
     __device__ __forceinline__ void order_slot() {
+        if (IN_FLIGHT > 0) {
+            if (flying == IN_FLIGHT) {
+                barrier_wait(s.full + arrives.stage, arrives.parity);
+                arrives.next<SLOTS>();
+            } else {
+                flying++;
+            }
+        }
         const Map& of = s.maps[map];
         int count = min(of.most, end - unit), row = 2 * count * of.inputs;
         const u16* from = of.weight + (i64)unit * (of.kind == GATE ? 1 : 2) * of.inputs;
@@ -421,7 +431,7 @@ struct Supplier : Place {
     __device__ __forceinline__ void run() {
         once = once_policy();
         kept = kept_policy();
-        item = block = norm = 0;
+        item = block = norm = flying = 0;
         map = -1;
         unit = end = 0;
         while (map < MAPS && unit >= end) next_map();

@@ -85,6 +85,8 @@ class Manner:
 
     slot: int
     """Bytes of a slot of weights, where its rows are not too long: a multiple of 128."""
+    in_flight: int
+    """Slots that are under way at once; 0 for as many as there are."""
     piece: int
     """Bytes of weights that a program orders at once: a multiple of 16."""
     period: int
@@ -93,8 +95,8 @@ class Manner:
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(slot=49_152, piece=8_192, period=0)
-_WIDE = Manner(slot=24_576, piece=12_288, period=800)
+_NARROW = Manner(slot=49_152, in_flight=0, piece=8_192, period=0)
+_WIDE = Manner(slot=24_576, in_flight=0, piece=12_288, period=800)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -156,6 +158,7 @@ class Sizes:
             "SLOTS": self.slots,
             "SLOT": self.slot,
             "TAP": self.tap,
+            "IN_FLIGHT": self.manner.in_flight,
             "PIECE": self.manner.piece,
             "PERIOD": self.manner.period,
             "STAMPS": int(self.manner.stamps),
