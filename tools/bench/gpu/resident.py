@@ -169,8 +169,8 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     """Times of all manners, the quickest first."""
     ways = [
         resident.Manner(slot=slot, in_flight=in_flight, piece=piece, period=period * piece // 8_192)
-        for slot in (16_384, 24_576, 49_152)
-        for in_flight in (0, 1, 2, 3)
+        for slot in (24_576, 49_152)
+        for in_flight in (1, 2, 3)
         for piece, period in ((49_152, 0), (12_288, 500))
     ]
     at = positions(stacks, run)

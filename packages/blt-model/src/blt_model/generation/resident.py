@@ -95,8 +95,8 @@ class Manner:
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(slot=49_152, in_flight=0, piece=8_192, period=0)
-_WIDE = Manner(slot=24_576, in_flight=0, piece=12_288, period=800)
+_NARROW = Manner(slot=49_152, in_flight=1, piece=49_152, period=0)
+_WIDE = Manner(slot=24_576, in_flight=2, piece=12_288, period=750)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -158,7 +158,7 @@ class Sizes:
             "SLOTS": self.slots,
             "SLOT": self.slot,
             "TAP": self.tap,
-            "IN_FLIGHT": self.manner.in_flight,
+            "IN_FLIGHT": min(self.manner.in_flight, self.slots),
             "PIECE": self.manner.piece,
             "PERIOD": self.manner.period,
             "STAMPS": int(self.manner.stamps),
