@@ -73,7 +73,6 @@ inline std::function<void()> body;
 inline std::mt19937 random_numbers;
 
 inline const char* failure;
-inline uint32_t clock;
 inline long steps;  // whatever brings a waiting fiber further
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
@@ -186,7 +185,6 @@ inline float shuffle_xor(float value, int mask) {
     return other;
 }
 
-inline uint32_t cycles() { return emulated::clock += emulated::random_numbers() % 1000; }
 
 inline uint4 load_words(const uint32_t* at) {
     emulated::yield();
@@ -204,9 +202,9 @@ inline void barrier_begin(unsigned long long* barrier, uint32_t arrivals) {
     emulated::barriers[barrier] = {arrivals};
 }
 inline void barriers_begun() {}
-inline void barrier_arrive(unsigned long long* barrier, uint32_t count = 1) {
+inline void barrier_arrive(unsigned long long* barrier) {
     emulated::Barrier& at = emulated::barriers.at(barrier);
-    at.arrived += count;
+    at.arrived++;
     emulated::require(at.arrived <= at.arrivals, "a stage is filled before it was read, or read twice");
     emulated::steps++;
 }

@@ -191,11 +191,13 @@ def check(stack: Stack, position: int, run: Callable[[Tensor, Tap | None], Tenso
 
 
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+# The usual manner, and others: one slot under way or all, and many slots or few.
+MANNERS = (None, resident.Manner(slot=16_384, in_flight=1), resident.Manner(slot=65_536, in_flight=0))
 CASES = [
     # Over the end of the window and with several launches, whose programs differ in number.
     (SMALL, torch.float16, (0, 2), 22, (2, 3, 1, 2)),
-    (FIRST, torch.float16, (), 0, (2,)),
-    (CHUNKS, torch.bfloat16, (), 7, (2,)),
+    (FIRST, torch.float16, (), 0, (2, 2)),
+    (CHUNKS, torch.bfloat16, (), 7, (2, 3)),
     # Parts of several blocks of keys, and a row of several chunks.
     (WIDE, torch.bfloat16, (), 400, (3,)),
 ]
@@ -209,11 +211,11 @@ def test_equals_blocks_in_float64(
     config, dtype, crossed, position, launches = case
     stack = Stack(config, dtype, "cpu", crossed=crossed)
     stack.fill(position)
-    tables = StackTables(stack.parts())
+    tables = [StackTables(stack.parts(), manner) for manner in MANNERS]
     for turn, programs in enumerate(launches):
 
         def run(x: Tensor, tap: Tap | None, turn: int = turn, programs: int = programs) -> Tensor:
-            return emulator.run(tables, x, position + turn, programs, turn, tap)
+            return emulator.run(tables[turn % len(tables)], x, position + turn, programs, turn, tap)
 
         check(stack, position + turn, run)
 

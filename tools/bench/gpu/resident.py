@@ -168,10 +168,9 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
 def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
     """Times of all manners, the quickest first."""
     ways = [
-        resident.Manner(slot=slot, in_flight=in_flight, piece=piece, period=period * piece // 8_192)
-        for slot in (24_576, 49_152)
-        for in_flight in (1, 2, 3)
-        for piece, period in ((49_152, 0), (12_288, 500))
+        resident.Manner(slot=slot, in_flight=in_flight)
+        for slot in (24_576, 36_864, 49_152)
+        for in_flight in (0, 1, 2, 3)
     ]
     at = positions(stacks, run)
 
@@ -195,7 +194,7 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     def best(case: str) -> resident.Manner:
         rows.sort(key=lambda row: (row["case"], row["us"]))
         first = next(row for row in rows if row["case"] == case)
-        return resident.Manner(**{name: first[name] for name in ("slot", "in_flight", "piece", "period")})
+        return resident.Manner(**{name: first[name] for name in ("slot", "in_flight")})
 
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:

@@ -10,13 +10,14 @@
 // writes in a layer has read all of the layer before, of which no program wrote its part before it had read all of the
 // layer before that.
 //
-// A further warp, the supplier, orders all that the others read, as whoever orders waits at the copy engine: weights in
-// large pieces, since a piece costs the engine as much as hundreds of bytes, and at no more than a rate, as whatever is
-// ordered beyond what memory can give stands in queues, and with it the words that programs hand on; and, long before
-// they are needed, the norms' scales and the keys and values. And the code is small: what does not fit a
-// multiprocessor's cache of instructions stands in the same queues, at every layer. So every map goes through the same
-// few loops, told apart by its kind. A warp has little to overlap its instructions with, so each costs what it takes: what
-// can be done before a row has come is done before, up to reading the weights that it will be multiplied with.
+// A further warp, the supplier, orders all that the others read, as whoever orders waits at the copy engine: weights by
+// whole slots, since an order costs the engine as much as hundreds of bytes, and few slots at once, as whatever is
+// ordered beyond what keeps memory busy stands in queues, and with it the words that programs hand on; and, long before
+// they are needed, the norms' scales and the keys and values.
+//
+// A warp has little to overlap its instructions with, so each costs what it takes. What can be done before a row has
+// come is done before, up to reading the weights that it will be multiplied with. And all maps go through the same
+// loops, told apart by their kind: code that is not in the multiprocessor's cache of instructions costs most.
 //
 // Products are taken by the matrix units, which at one token have little to do: a lane's eight weights of a row are a
 // column of its own, multiplied by the eight inputs at the same places, so that of each result only the diagonal is of
@@ -26,9 +27,8 @@
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
 //   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
 //   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   SLOTS of a program's ring and SLOT (bytes of each), IN_FLIGHT (slots under way at once; 0 for all), PIECE
-//   (bytes of weights that are ordered at once) and PERIOD (cycles for so many), STAMPS (whether programs note when they have ended each phase of a layer), BFLOAT16 (0
-//   for float16).
+//   SLOTS of a program's ring and SLOT (bytes of each), IN_FLIGHT (slots under way at once; 0 for all), STAMPS (whether
+//   programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -38,15 +38,13 @@ typedef long long i64;
 #define THREADS (WARPS * 32)  // that multiply; the supplier's come after them
 #define AHEAD 4              // turns of 256 inputs whose weights are read before they are multiplied
 #define TURNS(inputs) (((inputs) + 255) / 256)
+#define FIRST(inputs) ((TURNS(inputs) - 1) % AHEAD + 1)   // turns that are multiplied first: the last of the row
 #define HAVE_TWO(inputs) (SLOT / (4 * (inputs)) > WARPS)  // whether a slot may have two units of a warp
-#define FIRST(inputs) ((TURNS(inputs) - 1) % AHEAD + 1)  // turns that are multiplied first, the last of the row
 #define KV_STAGES 2
 #define NORMS 2              // whose scales are under way at once
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define NOTHING (-1e30f)     // the largest score of no keys
-
-#define SLACK (2 * PERIOD)   // cycles that the supplier may make up for
 
 // What a map makes, in a layer's order. Those of even numbers multiply a normalised row.
 enum Kind { QUERY, CROSSED, HEAD, MIDDLE, GATE, END };
@@ -100,11 +98,6 @@ __device__ __forceinline__ void store_word(u32* at, u32 word) {
 }
 __device__ __forceinline__ void rest() { __nanosleep(40); }
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
-__device__ __forceinline__ u32 cycles() {
-    u32 count;
-    asm volatile("mov.u32 %0, %clock;" : "=r"(count));
-    return count;
-}
 __device__ __forceinline__ void barrier_begin(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -113,8 +106,8 @@ __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(u64* barrier, u32 count = 1) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(count) : "memory");
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
 __device__ __forceinline__ bool barrier_test(const u64* barrier, u32 parity) {
     u32 done;
@@ -271,8 +264,8 @@ static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for
 extern "C" __device__ const int shared_bytes = sizeof(Shared);
 
 // The phases of a layer, by what has been done at their ends.
-enum Phase { STREAM, CROSS_QUERIES, CROSS_READ, CROSSED_MADE, CROSSED_STREAM, HEADS_MADE, ATTENDED, ATTENTION, MIDDLE_MADE,
-             MIDDLE_TAKEN, HIDDEN_MADE, HIDDEN_TAKEN, END_MADE, PHASES };
+enum Phase { STREAM, CROSS_QUERIES, CROSS_READ, CROSSED_MADE, CROSSED_STREAM, HEADS_MADE, ATTENDED, ATTENTION,
+             MIDDLE_MADE, MIDDLE_TAKEN, HIDDEN_MADE, HIDDEN_TAKEN, END_MADE, PHASES };
 #if STAMPS
 #define MOST_PROGRAMS 256
 // Of every program: nanoseconds by a clock that all have, and in cycles the time and the wait for weights until then.
@@ -327,11 +320,10 @@ struct Turn {
 struct Supplier : Place {
     Shared& s;
     u64 once, kept;
-    // Weights: the next units to order, the slot that they go to, and when a piece is due.
+    // Weights: the next units to order, and the slot that they go to.
     int map, unit, end;
     Turn slot;
-    u32 due;
-    int flying;    // slots that are under way or were when last looked at
+    int flying;    // slots that are under way, or were when last looked at
     Turn arrives;  // the first of them
     int layer, item, block;  // of keys
     Turn keys;
@@ -345,21 +337,6 @@ struct Supplier : Place {
         Span span = span_of(s.maps[map]);
         unit = span.unit;
         end = span.end;
-    }
-
-    // Order neighbouring weights in pieces, each when it is due.
-    __device__ __forceinline__ void order(u16* to, const u16* from, int bytes) {
-#pragma unroll 1
-        for (int at = 0; at < bytes; at += PIECE) {
-            int count = min(PIECE, bytes - at);
-            if (PERIOD > 0) {
-                u32 now = cycles();
-                while ((int)(now - due) < 0) now = cycles();
-                if ((int)(now - due) > SLACK) due = now - SLACK;
-                due += PERIOD * count / PIECE;
-            }
-            bulk_copy(to + at / 2, from + at / 2, count, s.full + slot.stage, once);
-        }
     }
 
     __device__ __forceinline__ void order_slot() {
@@ -376,14 +353,9 @@ struct Supplier : Place {
         const u16* from = of.weight + (i64)unit * (of.kind == GATE ? 1 : 2) * of.inputs;
         u16* to = s.ring + slot.stage * (SLOT / 2);
         barrier_expect(s.full + slot.stage, 2 * row);
-        // For the warps that will have no unit here, and pass by.
-        if (count < WARPS) barrier_arrive(s.empty + slot.stage, WARPS - count);
-        if (of.kind == GATE) {
-            order(to, from, row);
-            order(to + row / 2, from + (i64)of.units * of.inputs, row);
-        } else {
-            order(to, from, 2 * row);
-        }
+        bulk_copy(to, from, of.kind == GATE ? row : 2 * row, s.full + slot.stage, once);
+        if (of.kind == GATE)
+            bulk_copy(to + row / 2, from + (i64)of.units * of.inputs, row, s.full + slot.stage, once);
         slot.next<SLOTS>();
         unit += count;
         while (map < MAPS && unit >= end) next_map();
@@ -441,7 +413,6 @@ struct Supplier : Place {
             layer = 0;
             seek_keys();
         }
-        due = cycles();
         // Stages are empty at first, as if they had been read before.
 #pragma unroll 1
         while (map < MAPS || layer < LAYERS || norm < 3 * LAYERS) {
@@ -463,7 +434,7 @@ struct Program : Place {
     u32 launches;
     float eps;
     Turn slot, block, norm;  // to read next
-    // The map that is prepared: its units here, those of a slot, where its words go, and the share of the stream in them.
+    // The map that is prepared: its units here, those of a slot, where its words go, and the stream's share in them.
     Span span;
     int most;
     bool is_end, is_gate, begun;  // begun: its first units
@@ -509,6 +480,7 @@ struct Program : Place {
     __device__ __forceinline__ void slot_read() {
         __syncwarp();
         if (lane == 0) barrier_arrive(s.empty + slot.stage);
+        slot.next<SLOTS>();
     }
 
     // Where a map's results go.
@@ -665,7 +637,8 @@ struct Program : Place {
 
     // Multiply what was read of some units by its inputs, and add to the sums.
     template <int UNITS, int COUNT, bool WHOLE>
-    __device__ __forceinline__ void multiply_rows(float (*sums)[4][4], const uint4* x, const uint4* other_x, int left) const {
+    __device__ __forceinline__ void multiply_rows(float (*sums)[4][4], const uint4* x, const uint4* other_x,
+                                                  int left) const {
         uint4 inputs[COUNT][2];
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
@@ -685,8 +658,8 @@ struct Program : Place {
         }
     }
 
-    // Begin with units of the present slot, one at a place and maybe one WARPS places on: where they lie, and their last
-    // turns.
+    // Begin with units of the present slot, one at a place and maybe one WARPS places on: where they lie, and their
+    // last turns.
     __device__ __forceinline__ void begin_units(int place, int count) {
         first = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane + place * step;
         has_two = place + WARPS < count;
@@ -703,7 +676,7 @@ struct Program : Place {
         read_rows<FIRST(INPUTS), INPUTS % 256 == 0>(rows[1], at, at + other, left);
     }
 
-    // All products of units that were begun, with the sums of each one's two rows in the lanes that `holds` names.
+    // All products of units that were begun: the sums of each one's two rows.
     template <int UNITS, int INPUTS>
     __device__ __forceinline__ void multiply_units(float (*results)[2], const uint4* x, const uint4* other_x) {
         constexpr int before = 32 * (TURNS(INPUTS) - FIRST(INPUTS));
@@ -771,12 +744,12 @@ struct Program : Place {
 #pragma unroll 1
         for (int unit = span.unit; unit < span.end; unit += most) {
             int count = min(most, span.end - unit);
-            // Also for slots that this warp has no unit in, as only the next filling of a slot can be told from this one.
+            // All warps take part in all slots, also where they have no unit: whoever is a round ahead or behind could
+            // not tell one filling of a slot from another.
             if (!begun) {
                 await_slot();
                 if (is_gate) other = count * (DIM / 8);
             }
-            bool passes = place >= count;
             // Units go round the warps.
 #pragma unroll 1
             for (; place < count; place += 2 * WARPS) {
@@ -792,8 +765,7 @@ struct Program : Place {
             }
             // The next slot's units go on with the next warp.
             place = warp - (unit + count - span.unit) & WARPS - 1;
-            if (!passes) slot_read();
-            slot.next<SLOTS>();
+            slot_read();
             begun = false;
         }
     }
@@ -820,9 +792,7 @@ struct Program : Place {
         if (thread < 3 * WIDTH / 4) {
             int which = thread / (WIDTH / 4), quarter = thread % (WIDTH / 4);
             uint4 v = make_uint4(0, 0, 0, 0);
-            while (!is_there(v, epoch)) {
-                v = load_words(from + which * DIM + 4 * quarter);
-            }
+            while (!is_there(v, epoch)) v = load_words(from + which * DIM + 4 * quarter);
             ((float4*)s.heads)[thread] = opened4(v);
         }
         meet();

@@ -87,16 +87,12 @@ class Manner:
     """Bytes of a slot of weights, where its rows are not too long: a multiple of 128."""
     in_flight: int
     """Slots that are under way at once; 0 for as many as there are."""
-    piece: int
-    """Bytes of weights that a program orders at once: a multiple of 16."""
-    period: int
-    """Cycles in which it orders so many; 0 for as soon as there is room."""
     stamps: bool = False
     """Whether programs note when they have ended each phase of a layer; see `ResidentStack.stamps`."""
 
 
-_NARROW = Manner(slot=49_152, in_flight=1, piece=49_152, period=0)
-_WIDE = Manner(slot=24_576, in_flight=2, piece=12_288, period=750)
+_NARROW = Manner(slot=49_152, in_flight=1)
+_WIDE = Manner(slot=24_576, in_flight=2)
 """How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
 
 
@@ -159,8 +155,6 @@ class Sizes:
             "SLOT": self.slot,
             "TAP": self.tap,
             "IN_FLIGHT": min(self.manner.in_flight, self.slots),
-            "PIECE": self.manner.piece,
-            "PERIOD": self.manner.period,
             "STAMPS": int(self.manner.stamps),
             "BFLOAT16": int(self.is_bfloat16),
         }
