@@ -255,6 +255,8 @@ def test_compiles_for_hopper() -> None:
     for config, crossed in ((LATENT, ()), (LOCAL, (0, 1, 2)), (ENTROPY, ())):
         sizes = StackTables(Stack(config, torch.bfloat16, "cpu", crossed=crossed).parts()).sizes
         assert resident.compiled(sizes, 90).startswith(b"\x7fELF")
+    stamped = replace(sizes, manner=replace(sizes.manner, stamps=True))
+    assert len(resident.compiled(stamped, 90)) > len(resident.compiled(sizes, 90))
     with pytest.raises(ModelError, match="NVRTC cannot compile"):
         resident.compiled(replace(sizes, layers=10_000), 90)
     assert not resident.compiles_for(1)
