@@ -167,8 +167,13 @@ def test_contexts_that_start_at_new_lines(seed: int) -> None:
     prompts = [bytes(rng.choices(b"ab \n", k=length)) for length in (1, 4, 9, 30, 50)] + [b"\n", b"abc\n", b""]
     sampling = SamplingOptions(temperature=1.0)
     options: dict[str, Any] = {"sampling": sampling, "context_start": ord("\n") + 4, "new_bytes": 40}
-    done, _ = run(model, prompts, scheme, entropy_model, rows=3, **options)
-    assert any(b"\n" in completion.content for completion in done)
+    # One time in 25 none comes.
+    for _ in range(8):
+        done, _ = run(model, prompts, scheme, entropy_model, rows=3, **options)
+        if any(b"\n" in completion.content for completion in done):
+            return
+        prompts = [prompt + b"a" for prompt in prompts]
+    pytest.fail("nothing that was generated holds a newline")
 
 
 def test_float64_leaves_nothing_to_rounding(seed: int) -> None:
