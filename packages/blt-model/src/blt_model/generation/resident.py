@@ -93,7 +93,7 @@ class Manner:
 
 _NARROW = Manner(slot=49_152, in_flight=1)
 _WIDE = Manner(slot=24_576, in_flight=2)
-"""How stacks go about it whose rows are one chunk, and wider ones: measured on an H200."""
+"""How stacks with narrow rows go about it, and those with wide ones: measured on an H200."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -423,19 +423,17 @@ class ResidentStack:
         out = torch.empty_like(x)
         kernel = _kernel(tables.sizes, x.device.index)
         stream = torch.cuda.current_stream(x.device)
-        _launch(kernel, _WARPS, programs, tables.arguments(x, out, positions, programs, tap), stream)
+        _launch(kernel, programs, tables.arguments(x, out, positions, programs, tap), stream)
         return out
 
 
-def _launch(
-    kernel: tuple[Any, int], warps: int, programs: int, arguments: tuple[Any, ...], stream: torch.cuda.Stream
-) -> None:
+def _launch(kernel: tuple[Any, int], programs: int, arguments: tuple[Any, ...], stream: torch.cuda.Stream) -> None:
     from cuda.bindings import driver
 
     function, shared = kernel
     _checked(
         driver.cuLaunchCooperativeKernel(
-            function, programs, 1, 1, 32 * (warps + 1), 1, 1, shared, stream.cuda_stream, (arguments, ARGUMENTS)
+            function, programs, 1, 1, 32 * (_WARPS + 1), 1, 1, shared, stream.cuda_stream, (arguments, ARGUMENTS)
         )
     )
 
