@@ -17,7 +17,8 @@ from torch import Tensor
 from blt_model import TransformerConfig
 from blt_model.caches import AttentionCache
 from blt_model.errors import ModelError
-from blt_model.generation import resident
+from blt_model.generation import machine_code, resident
+from blt_model.generation.machine_code import compiles_for
 from blt_model.generation.resident import Parts, ResidentStack, StackTables, Tap
 from blt_model.generation.steps import BlockStep, CrossStep, Norm
 
@@ -248,9 +249,10 @@ def test_what_does_not_fit_is_refused() -> None:
     assert not resident.fits(odd)
 
 
-def test_compiles_for_hopper() -> None:
+def test_compiles_for_hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By NVRTC, which needs no GPU, at the sizes of the presets."""
-    if not resident.compiles_for(90):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not compiles_for(90):
         pytest.skip("this NVRTC is not at hand, or knows no Hopper")
     for config, crossed in ((LATENT, ()), (LOCAL, (0, 1, 2)), (ENTROPY, ())):
         sizes = StackTables(Stack(config, torch.bfloat16, "cpu", crossed=crossed).parts()).sizes
@@ -259,7 +261,37 @@ def test_compiles_for_hopper() -> None:
     assert len(resident.compiled(stamped, 90)) > len(resident.compiled(sizes, 90))
     with pytest.raises(ModelError, match="NVRTC cannot compile"):
         resident.compiled(replace(sizes, layers=10_000), 90)
-    assert not resident.compiles_for(1)
+    assert not compiles_for(1)
+
+
+def test_machine_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On disk, so that the next process does not compile; what is broken there, or cannot be kept, is compiled."""
+    if not compiles_for(90):
+        pytest.skip("this NVRTC is not at hand, or knows no Hopper")
+    compiles = machine_code._compiled
+    compiled: list[str] = []
+
+    def count(source: str, options: list[str]) -> bytes:
+        compiled.append(source)
+        return compiles(source, options)
+
+    monkeypatch.setattr(machine_code, "_compiled", count)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = 'extern "C" __global__ void fill(int* x) { *x = NUMBER; }'
+    first = machine_code.machine_code(source, {"NUMBER": 1}, 90)
+    assert machine_code.machine_code(source, {"NUMBER": 1}, 90) == first
+    assert len(compiled) == 1
+    assert machine_code.machine_code(source, {"NUMBER": 2}, 90) != first
+    assert len(compiled) == 2
+    for path in (tmp_path / "blt-model").iterdir():
+        assert path.suffix == ".cubin"
+        path.write_bytes(b"broken")
+    assert machine_code.machine_code(source, {"NUMBER": 1}, 90) == first
+    assert len(compiled) == 3
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert machine_code.machine_code(source, {"NUMBER": 1}, 90) == first
+    assert len(compiled) == 4
 
 
 @pytest.mark.skipif(not resident.available(torch.device(DEVICE)), reason="needs a GPU of compute capability 9")

@@ -23,6 +23,7 @@ from torch import Tensor
 from blt_model.caches import AttentionCache
 from blt_model.config import TransformerConfig
 from blt_model.errors import ModelError
+from blt_model.generation.machine_code import checked, compiles_for, machine_code
 from blt_model.generation.steps import BlockStep, CrossStep
 
 _WIDE_ROW = 1_024
@@ -209,18 +210,6 @@ def available(device: torch.device) -> bool:
     return major >= 9 and room >= _MOST_SHARED and compiles_for(10 * major + minor)
 
 
-@functools.cache
-def compiles_for(architecture: int) -> bool:
-    """Whether NVRTC is at hand and knows an architecture, as 90 for compute capability 9.0."""
-    try:
-        from cuda.bindings import nvrtc
-
-        error, known = nvrtc.nvrtcGetSupportedArchs()
-    except (ImportError, RuntimeError):
-        return False
-    return int(error) == 0 and architecture in known
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
     """A stack, where it lies."""
@@ -395,9 +384,9 @@ class ResidentStack:
             raise ModelError("no launch of this stack has left stamps; take a manner with stamps.")
         kept = np.zeros((tables.sizes.layers, len(PHASES), _MOST_PROGRAMS, 3), dtype=np.uint64)
         torch.cuda.synchronize(tables.device)
-        module = _checked(driver.cuFuncGetModule(_kernel(tables.sizes, tables.device.index)[0]))
-        pointer, _ = _checked(driver.cuModuleGetGlobal(module, b"stamps"))
-        _checked(driver.cuMemcpyDtoH(kept.ctypes.data, pointer, kept.nbytes))
+        module = checked(driver.cuFuncGetModule(_kernel(tables.sizes, tables.device.index)[0]))
+        pointer, _ = checked(driver.cuModuleGetGlobal(module, b"stamps"))
+        checked(driver.cuMemcpyDtoH(kept.ctypes.data, pointer, kept.nbytes))
         return kept[:, :, :programs]
 
     def __call__(self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None) -> Tensor:
@@ -431,7 +420,7 @@ def _launch(kernel: tuple[Any, int], programs: int, arguments: tuple[Any, ...], 
     from cuda.bindings import driver
 
     function, shared = kernel
-    _checked(
+    checked(
         driver.cuLaunchCooperativeKernel(
             function, programs, 1, 1, 32 * (_WARPS + 1), 1, 1, shared, stream.cuda_stream, (arguments, ARGUMENTS)
         )
@@ -445,54 +434,16 @@ def _kernel(sizes: Sizes, device: int) -> tuple[Any, int]:
 
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        module = _checked(driver.cuModuleLoadData(compiled(sizes, 10 * major + minor)))
-        function = _checked(driver.cuModuleGetFunction(module, b"resident_stack"))
-        bytes_pointer, _ = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
+        module = checked(driver.cuModuleLoadData(compiled(sizes, 10 * major + minor)))
+        function = checked(driver.cuModuleGetFunction(module, b"resident_stack"))
+        bytes_pointer, _ = checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
         shared = ctypes.c_int()
-        _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), bytes_pointer, 4))
+        checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), bytes_pointer, 4))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, shared.value))
+        checked(driver.cuFuncSetAttribute(function, attribute, shared.value))
     return function, shared.value
 
 
 def compiled(sizes: Sizes, architecture: int) -> bytes:
-    """The kernel's machine code.
-
-    Args:
-        sizes: what it is for.
-        architecture: as 90 for compute capability 9.0.
-
-    Returns:
-        A CUBIN, which is an ELF file.
-
-    Raises:
-        ModelError: NVRTC does not take it; with its reasons.
-    """
-    from cuda.bindings import nvrtc
-
-    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in sizes.macros().items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source().encode(), b"resident.cu", 0, [], []))
-    try:
-        outcome = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        if int(outcome[0]) != 0:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise ModelError(f"NVRTC cannot compile the kernel of resident stacks: {log.decode(errors='replace')}")
-        image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-    return image
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of the driver or of NVRTC gave.
-
-    Raises:
-        ModelError: the call failed.
-    """
-    error, *values = result
-    if int(error) != 0:
-        raise ModelError(f"running a resident stack failed: {error.name}.")
-    return values[0] if len(values) == 1 else tuple(values)
+    """The kernel's machine code for sizes and an architecture; see `machine_code`."""
+    return machine_code(source(), sizes.macros(), architecture)
