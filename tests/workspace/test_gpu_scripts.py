@@ -36,6 +36,13 @@ def test_speeds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert json.loads(last)["rows"] == rows
 
 
+def test_profile_of_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are kernels on a GPU only; the texts are generated all the same."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    importlib.import_module("tools.bench.gpu.generation").main(["--tiny", "--profile", "--cases", "rows1/"])
+    assert json.loads((tmp_path / "generation_profile.json").read_text())["rows"] == []
+
+
 def test_peak_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = recorded("peak_memory", [], tmp_path, monkeypatch)
     assert [row["case"] for row in rows] == ["debug-entropy/64x2/none", "debug-blt/64x2/selective"]

@@ -264,7 +264,7 @@ def accumulation_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
     yield _judged("gradient of a map, added up", torch.bfloat16, error(layer.weight.grad, exact), None, limit)
 
 
-def small_models(run: Settings) -> tuple[BLT, ByteLM]:
+def small_models(run: Settings, pooling: Pooling = Pooling.MAX) -> tuple[BLT, ByteLM]:
     """A BLT and an entropy model in float32, small but of the real shapes' kinds."""
     local = {"dim": 256, "num_heads": 4, "window": 128}
     shape: dict[str, Any] = {
@@ -277,8 +277,7 @@ def small_models(run: Settings) -> tuple[BLT, ByteLM]:
     lm_config = preset("entropy-debug") if run.tiny else preset("entropy-tiny", transformer=local)
     if not isinstance(config, BLTConfig) or not isinstance(lm_config, ByteLMConfig):
         raise TypeError("the presets are not a blt and a byte-lm")
-    # Which byte is a patch's maximum is a matter of rounding, and its gradient then goes elsewhere: compared by itself.
-    config = replace(config, cross_attention=replace(config.cross_attention, pooling=Pooling.MEAN))
+    config = replace(config, cross_attention=replace(config.cross_attention, pooling=pooling))
     with torch.device(run.device):
         return BLT(config).eval(), ByteLM(lm_config).eval()
 
@@ -290,9 +289,6 @@ def model_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
     patches = [patch_lengths(len(text), 4.5, rng) for text in texts]
     batch, targets = pack_documents([text.astype(np.int64) for text in texts], patches)
     batch, targets = batch.to(run.device), targets.to(run.device)
-    model, _ = small_models(run)
-    exact = copy.deepcopy(model).double()
-    exact.attention_backend = AttentionBackend.SDPA
 
     def gradients(of: BLT, half: bool) -> tuple[Tensor, Tensor]:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
@@ -300,8 +296,12 @@ def model_rows(run: Settings, rng: np.random.Generator) -> Iterator[Row]:
         found = torch.autograd.grad(loss, list(of.parameters()))
         return loss, torch.cat([gradient.double().flatten() for gradient in found])
 
-    wanted = gradients(exact, False)
-    for dtype in (torch.bfloat16, torch.float32):
+    # Half precision's rounding decides which byte is a patch's maximum, and its gradient then goes elsewhere.
+    for dtype, pooling in ((torch.bfloat16, Pooling.MEAN), (torch.float32, Pooling.MAX)):
+        model, _ = small_models(run, pooling)
+        exact = copy.deepcopy(model).double()
+        exact.attention_backend = AttentionBackend.SDPA
+        wanted = gradients(exact, False)
         loss, found = gradients(model, dtype == torch.bfloat16)
         row = _judged("loss of a BLT", dtype, error(loss, wanted[0]), None, LIMITS[dtype])
         yield row

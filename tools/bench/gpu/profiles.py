@@ -97,6 +97,8 @@ def kernels_of(function: Callable[[], object], device: torch.device, *, of: int 
         function()
         wait(device)
     events = sorted((e for e in profile.events() or () if _is_kernel(e)), key=lambda event: event.time_range.start)
+    if not events:
+        return []
     rows: dict[str, dict[str, Any]] = {}
     end = events[0].time_range.start
     for event in events:

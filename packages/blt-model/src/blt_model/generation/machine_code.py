@@ -18,7 +18,8 @@ from typing import Any
 
 from blt_model.errors import ModelError
 
-_MAGIC = b"\x7fELF"
+_DIGEST = hashlib.sha256().digest_size
+"""Bytes before the machine code in a file, which say whether it is whole."""
 
 
 @functools.cache
@@ -56,8 +57,9 @@ def machine_code(source: str, macros: Mapping[str, int], architecture: int) -> b
     path = _folder() / f"{key}.cubin"
     with contextlib.suppress(OSError):
         kept = path.read_bytes()
-        if kept.startswith(_MAGIC):
-            return kept
+        digest, image = kept[:_DIGEST], kept[_DIGEST:]
+        if hashlib.sha256(image).digest() == digest:
+            return image
     image = _compiled(source, options)
     with contextlib.suppress(OSError):
         _keep(image, path)
@@ -74,7 +76,7 @@ def _keep(image: bytes, path: Path) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(image)
+            file.write(hashlib.sha256(image).digest() + image)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
