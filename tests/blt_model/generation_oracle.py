@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from torch import Tensor
 
 from blt_data.framing import frame
 from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, Completion, next_byte_entropy, pack_documents, preset
+from blt_model.generation.graphs import GraphRunner
 from blt_patcher import IncrementalPatcher, PatchScheme
 
 #: Log-probabilities in float32 agree to this.
@@ -27,6 +29,30 @@ def fresh_seed() -> int:
     seed = int(os.environ.get("BLT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
     sys.stderr.write(f"BLT_TEST_SEED={seed}\n")
     return seed
+
+
+class _Uncaptured:
+    """Stands for a captured graph where there is no CUDA: runs the same function anew."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.replay = function
+
+
+def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take on the CPU the steps that CUDA graphs capture."""
+
+    def enable(self: GraphRunner, device: torch.device, *, enabled: bool) -> None:
+        self.enabled, self._graphs, self._pool = True, {}, None
+
+    def capture(self: GraphRunner, function: Callable[[], None], changed: Sequence[Tensor]) -> _Uncaptured:
+        before = [tensor.clone() for tensor in changed]
+        function()
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        return _Uncaptured(function)
+
+    monkeypatch.setattr(GraphRunner, "__init__", enable)
+    monkeypatch.setattr(GraphRunner, "_capture", capture)
 
 
 def fresh_blt(seed: int, **overrides: Any) -> BLT:

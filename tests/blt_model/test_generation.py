@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from tests.blt_model.generation_oracle import (
     fresh_blt,
     fresh_byte_lm,
     fresh_seed,
+    run_uncaptured,
 )
 from tests.blt_model.test_blt import OPTIONS
 
@@ -31,7 +32,6 @@ from blt_model import (
     pack_documents,
 )
 from blt_model.generation import Finish
-from blt_model.generation.graphs import GraphRunner
 from blt_model.generation.reference import generate_uncached
 from blt_patcher import (
     ByteScheme,
@@ -404,29 +404,11 @@ def test_bad_requests_are_refused() -> None:
         Generator(fresh_blt(0), new_patcher=OnePatch).generate([Request(prompt=b"a", max_new_bytes=1)])
 
 
-class _Uncaptured:
-    """Stands for a captured graph where there is no CUDA: runs the same function anew."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.replay = function
-
-
 @pytest.mark.parametrize("options", [OPTIONS["default"], OPTIONS["latent window"]], ids=["default", "latent window"])
 def test_steps_of_fixed_shapes(options: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps that CUDA graphs capture, with padded rows, whole windows and masks, on the CPU."""
 
-    def enable(self: GraphRunner, device: torch.device, *, enabled: bool) -> None:
-        self.enabled, self._graphs, self._pool = True, {}, None
-
-    def capture(self: GraphRunner, function: Callable[[], None], changed: Sequence[torch.Tensor]) -> _Uncaptured:
-        before = [tensor.clone() for tensor in changed]
-        function()
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
-        return _Uncaptured(function)
-
-    monkeypatch.setattr(GraphRunner, "__init__", enable)
-    monkeypatch.setattr(GraphRunner, "_capture", capture)
+    run_uncaptured(monkeypatch)
     rng = random.Random(seed)
     model, entropy_model = fresh_blt(seed, **options), fresh_byte_lm(seed + 1)
     scheme = scheme_of("entropy", middle_entropy(entropy_model, rng), 40)

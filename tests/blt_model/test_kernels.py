@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
-from tests.blt_model.generation_oracle import fresh_seed
+from tests.blt_model.generation_oracle import fresh_blt, fresh_byte_lm, fresh_seed, run_uncaptured
 from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor, nn
 
+from blt_model import Generator, Request, SamplingOptions
 from blt_model.byte_lm import next_byte_entropy
 from blt_model.caches import AttentionCache
 from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Pooling, TransformerConfig
@@ -18,6 +19,7 @@ from blt_model.generation import fused
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm, pool_patches
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.layers import Block
+from blt_patcher import EntropyScheme, IncrementalPatcher
 
 # The interpreter knows no bfloat16; float32 on CUDA may go through TF32 in torch's own products.
 DTYPES = [torch.bfloat16] if CUDA else [torch.float32]
@@ -178,6 +180,32 @@ def test_a_step_is_handed_over(kernels: ModuleType, before: int) -> None:
         assert counters.tolist() == [5 + step, 6 + step, 7 + step]
         assert result[(step + before) % 2].tolist() == [token, -1.25]
     assert result[before].tolist() == [77.0, -1.25]
+
+
+@pytest.mark.skipif(CUDA, reason="compares bytes, which half precision leaves to rounding")
+def test_a_text_runs_ahead(kernels: ModuleType, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next byte is launched before the present one is read: after patches, at stops, and with drawn bytes."""
+    one = {"num_layers": 1}
+    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+    limits = EntropyScheme(threshold=5.5, max_patch_length=2)
+    requests = [
+        Request(prompt=b"ab ", max_new_bytes=3),
+        Request(prompt=b"", max_new_bytes=2, sampling=SamplingOptions(temperature=1.0, seed=seed % 1000)),
+        Request(prompt=b"a text", max_new_bytes=1),
+    ]
+
+    def generate() -> list[tuple[bytes, int]]:
+        generator = Generator(model, new_patcher=lambda: IncrementalPatcher(limits), entropy_model=entropy_model)
+        first = generator.generate(requests)
+        # Ends at a byte that is not read before what follows it is launched; the last text begins after that.
+        stop = Request(prompt=b"ab ", max_new_bytes=3, stop=(first[0].content[1:2],))
+        return [(done.content, done.patches) for done in (*first, *generator.generate([stop, requests[0]]))]
+
+    wanted = generate()
+    run_uncaptured(monkeypatch)
+    monkeypatch.setattr(fused, "available", lambda model: True)
+    assert generate() == wanted
+    assert wanted[0] == wanted[-1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
