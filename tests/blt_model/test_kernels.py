@@ -16,6 +16,7 @@ from blt_model.caches import AttentionCache
 from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Pooling, TransformerConfig
 from blt_model.cross_attention import BytesReadPatches, PatchesReadBytes
 from blt_model.generation import fused
+from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm, pool_patches
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.layers import Block
@@ -206,6 +207,43 @@ def test_a_text_runs_ahead(kernels: ModuleType, seed: int, monkeypatch: pytest.M
     monkeypatch.setattr(fused, "available", lambda model: True)
     assert generate() == wanted
     assert wanted[0] == wanted[-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "vectors"), [(4, 3), (2, 1), (4, 16)])
+def test_readers_weights_are_absorbed(
+    kernels: ModuleType, heads: int, vectors: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Two small matrices of a patch give what a byte that reads it takes from it."""
+    from blt_model.generation import patch_kernels
+
+    torch.manual_seed(seed)
+    dim, width = 16 * heads + 16, 16
+    crosses = [
+        CrossStep(
+            Norm(random(dim, dtype=dtype), 1e-5),
+            Norm(random(dim, dtype=dtype), 1e-5),
+            random(heads * width, dim, dtype=dtype),
+            random(2 * heads * width, dim, dtype=dtype),
+            random(dim, heads * width, dtype=dtype),
+            width,
+            residual=2,
+        )
+        for _ in range(2)
+    ]
+    keys, values = random(2, 1, heads, vectors, width, dtype=dtype), random(2, 1, heads, vectors, width, dtype=dtype)
+    patch = AbsorbedPatch.empty(keys, dim)
+    patch_kernels.absorb(keys, values, absorbed_weights(crosses), patch)
+    assert patch.keys.shape[1] % 32 == 0
+    x = random(1, dim, dtype=dtype)
+    for index, cross in enumerate(crosses):
+        scores = patch.keys[index].float() @ cross.query_norm(x)[0].float()
+        shares = scores[: patch.scores].view(heads, vectors).softmax(1).flatten()
+        assert not patch.keys[index, patch.scores :].any()
+        assert not patch.values[index, :, patch.scores :].any()
+        found = 2 * x.float() + patch.values[index, :, : patch.scores].float() @ shares
+        wanted = cross(x[:, None], keys[index], values[index])[0]
+        assert error(found, wanted) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,6 +18,7 @@ from blt_model import TransformerConfig
 from blt_model.caches import AttentionCache
 from blt_model.errors import ModelError
 from blt_model.generation import machine_code, resident
+from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
 from blt_model.generation.machine_code import compiles_for
 from blt_model.generation.resident import Parts, ResidentStack, StackTables, Tap
 from blt_model.generation.steps import BlockStep, CrossStep, Norm
@@ -68,8 +69,19 @@ class Stack:
         return CrossStep(self._norm(), self._norm(), *maps, self.config.head_dim, 2)
 
     def parts(self) -> Parts:
-        patch = self.patch if self.crossed else None
+        patch = self.absorbed() if self.crossed else None
         return Parts(blocks=self.blocks, caches=[self.cache], crosses=self.crosses, patch=patch, tap=self.tap)
+
+    def absorbed(self) -> AbsorbedPatch:
+        """The patch as the kernel reads it."""
+        keys, values = (part[:, 0].double() for part in self.patch)
+        weights = absorbed_weights(list(self.crosses.values())).double()
+        patch = AbsorbedPatch.empty(self.patch[0], self.config.dim)
+        scale, scores = self.config.head_dim**-0.5, slice(patch.scores)
+        patch.keys[:, scores] = torch.einsum("lhke,lhed->lhkd", keys, scale * weights[0]).flatten(1, 2).to(self.dtype)
+        answers = torch.einsum("lhke,lhed->lhkd", values, weights[1]).flatten(1, 2)
+        patch.values[:, :, scores] = answers.transpose(1, 2).to(self.dtype)
+        return patch
 
     def taps(self) -> Tap | None:
         """Fresh room for the tapped output."""

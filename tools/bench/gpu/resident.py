@@ -65,13 +65,16 @@ class Problem:
         cache.reserve(max(max(positions) for positions in POSITIONS.values()) + 1)
         for part in (cache.keys, cache.values):
             part.copy_(torch.randn_like(part, dtype=torch.float32))
-        patch = None
+        patch = absorbed = None
         if crosses:
             shape = (len(crosses), 1, config.num_heads, vectors, config.head_dim)
             numbers = torch.randn(2, *shape, device=cache.keys.device).to(cache.keys.dtype)
             patch = numbers[0], numbers[1]
+            absorption = fused.Absorption(list(crosses.values()), patch[0])
+            absorption(*patch)
+            absorbed = absorption.patch
         x = torch.randn(1, config.dim, device=cache.keys.device).to(cache.keys.dtype)
-        stack = ResidentStack(Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=patch))
+        stack = ResidentStack(Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=absorbed))
         return cls(blocks=blocks, cache=cache, crosses=crosses, patch=patch, x=x, stack=stack)
 
     @property

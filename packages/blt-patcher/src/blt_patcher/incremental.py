@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
-
-import numpy as np
 
 from blt_data.errors import InputError
 from blt_data.framing import BYTE_OFFSET, VOCABULARY_SIZE
@@ -30,6 +29,9 @@ _SPACE_LIKE = tuple(
     token < BYTE_OFFSET or not (bytes([token - BYTE_OFFSET]).isalnum() or 0x80 <= token - BYTE_OFFSET <= 0xBF)
     for token in range(VOCABULARY_SIZE)
 )
+
+
+_FLOAT16 = struct.Struct("e")
 
 
 @dataclass(slots=True)
@@ -178,8 +180,11 @@ class IncrementalPatcher:
 
 def _round_to_float16(entropy: float, scheme: str) -> float:
     """Return an entropy as stored shards would hold it."""
-    with np.errstate(over="ignore"):
-        rounded = float(np.float16(entropy))
+    try:
+        # Rounds as NumPy does, in a fraction of the time.
+        (rounded,) = _FLOAT16.unpack(_FLOAT16.pack(entropy))
+    except OverflowError:
+        rounded = math.inf
     if not math.isfinite(rounded):
         raise InputError(f"scheme {scheme} needs a finite entropy with every token, not {entropy!r}")
-    return rounded
+    return float(rounded)

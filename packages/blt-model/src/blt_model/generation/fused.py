@@ -22,6 +22,7 @@ from blt_model.byte_lm import ByteLM
 from blt_model.caches import AttentionCache
 from blt_model.config import Pooling, TransformerConfig
 from blt_model.generation import resident
+from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
 from blt_model.generation.resident import Parts, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.triton_support import HAS_TRITON
@@ -184,6 +185,30 @@ class PatchKeys:
         heads = torch.matmul(flat, self._weight.transpose(1, 2))
         key, value = heads.view(len(heads), count, each, 2, -1, self._width).permute(3, 0, 1, 4, 2, 5).unbind(0)
         return key, value
+
+
+class Absorption:
+    """The newest patch of the one text as a resident stack's bytes read it, in one kernel; see `absorbed`."""
+
+    def __init__(self, layers: list[CrossStep], keys: Tensor) -> None:
+        """Make room.
+
+        Args:
+            layers: that read.
+            keys: [L, 1, H, K, E] of a patch, for their shape.
+        """
+        self._weights = absorbed_weights(layers)
+        self.patch = AbsorbedPatch.empty(keys, layers[0].query.shape[1])
+
+    @classmethod
+    def of(cls, layers: list[CrossStep], keys: Tensor) -> Absorption | None:
+        """None where patches have several rows or the device runs no resident stack."""
+        can = bool(layers) and keys.shape[1] == 1 and resident.available(keys.device)
+        return cls(layers, keys) if can else None
+
+    def __call__(self, keys: Tensor, values: Tensor) -> None:
+        """Take a patch's keys and values [L, 1, H, K, E], contiguous."""
+        _patch_kernels().absorb(keys, values, self._weights, self.patch)
 
 
 def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:

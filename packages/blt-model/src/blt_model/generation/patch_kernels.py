@@ -1,8 +1,9 @@
-"""Triton kernels for what completes a patch of one text: pooling its bytes, and its vectors' reading of them.
+"""Triton kernels for what completes a patch of one text: it reads its bytes, and is made ready to be read by others.
 
 As in `kernels`, sums are taken in float32 and in a fixed order, and the module needs triton.
 
-Legend: S room for the bytes of a patch, K vectors of a patch, H heads, E head width.
+Legend: S room for the bytes of a patch, K vectors of a patch, H heads, E head width, L decoder layers with
+cross-attention.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blt_model.generation.kernels import dependence
+from blt_model.generation.absorbed import AbsorbedPatch
+from blt_model.generation.kernels import KINDS, dependence, numbers
 
 
 @triton.jit
@@ -102,3 +104,72 @@ def read_bytes(query: Tensor, heads: Tensor, lengths: Tensor, width: int) -> Ten
         num_warps=4,
     )
     return out
+
+
+@triton.jit
+def _absorb(
+    keys, values, weights, to_keys, to_values, dim, scale, LAYERS: tl.constexpr, HEADS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, kind: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of one head in one layer, for some columns."""
+    held: tl.constexpr = 1 if kind == tl.float32 else 2
+    layer, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    which = tl.program_id(2)
+    e, word = tl.arange(0, WIDTH), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    words = dim // held
+    inside = word < words
+    first = ((which * LAYERS + layer) * HEADS + head).to(tl.int64) * WIDTH * words
+    # Weights depend on no other kernel.
+    tile = tl.load(weights + first + e[:, None] * words + word[None, :], mask=inside[None, :], other=0)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    low, high = numbers(tile, kind)
+    read = values if which == 1 else keys
+    for vector in tl.static_range(VECTORS):
+        score = head * VECTORS + vector
+        row = tl.load(read + (tl.program_id(0) * VECTORS + vector) * WIDTH + e).to(tl.float32)[:, None]
+        low_sum, high_sum = tl.sum(low * row, 0), tl.sum(high * row, 0)
+        if which == 0:
+            at = to_keys + (layer * PLACES + score) * dim + held * word
+            tl.store(at, (low_sum * scale).to(kind), mask=inside)
+            if held == 2:
+                tl.store(at + 1, (high_sum * scale).to(kind), mask=inside)
+        else:
+            at = to_values + (layer * dim + held * word) * PLACES + score
+            tl.store(at, low_sum.to(kind), mask=inside)
+            if held == 2:
+                tl.store(at + PLACES, high_sum.to(kind), mask=inside)
+
+
+def absorb(keys: Tensor, values: Tensor, weights: Tensor, patch: AbsorbedPatch) -> None:
+    """Multiply the readers' weights into the keys and values of the one patch; see `absorbed`.
+
+    Args:
+        keys: [L, 1, H, K, E] contiguous.
+        values: [L, 1, H, K, E] contiguous.
+        weights: [2, L, H, E, dim] what `absorbed_weights` gives.
+        patch: takes the result.
+    """
+    _, layers, heads, width, dim = weights.shape
+    held = 4 // weights.element_size()
+    block = 64
+    _absorb[(layers * heads, triton.cdiv(dim // held, block), 2)](
+        keys,
+        values,
+        weights.view(torch.int32),
+        patch.keys,
+        patch.values,
+        dim,
+        width**-0.5,
+        LAYERS=layers,
+        HEADS=heads,
+        VECTORS=patch.vectors,
+        WIDTH=width,
+        PLACES=patch.keys.shape[1],
+        BLOCK=block,
+        kind=KINDS[weights.dtype],
+        **dependence(),
+        num_warps=4,
+    )

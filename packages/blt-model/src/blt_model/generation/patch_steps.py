@@ -52,6 +52,7 @@ class PatchSteps:
         self.keys = weight.new_zeros(shape)
         self.values = weight.new_zeros(shape)
         """[decoder layers with cross-attention, B, H, K, E] of every row's newest complete patch."""
+        self._absorption = fused.Absorption.of(self._decoder_cross, self.keys) if is_fused else None
 
     @property
     def open_capacity(self) -> int:
@@ -143,6 +144,8 @@ class PatchSteps:
             keys, values = self._patch_keys(vectors)
             self.keys.index_copy_(1, rows, keys)
             self.values.index_copy_(1, rows, values)
+            if self._absorption is not None:
+                self._absorption(self.keys, self.values)
             return
         for index, cross in enumerate(self._decoder_cross):
             keys, values = cross.keys_values(vectors)
@@ -166,7 +169,8 @@ class PatchSteps:
             layers: those with cross-attention, each with its place among them.
         """
         crosses = {layer: self._decoder_cross[index] for layer, index in layers.items()}
-        return Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=(self.keys, self.values))
+        patch = None if self._absorption is None else self._absorption.patch
+        return Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=patch)
 
     def copy_row(self, source: int, target: int, *, patches: int, open_length: int) -> None:
         """Copy a row over another.

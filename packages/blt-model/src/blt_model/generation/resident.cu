@@ -24,11 +24,17 @@
 // use. Inputs, of float32, are split into two numbers of half precision, whose sum differs from them by 2^-17 of them
 // for bfloat16.
 //
+// A patch's vectors are read by many bytes. So each head's key of a vector comes multiplied by the head's query weights,
+// and its value by the head's output weights: a score is one product with the normalised byte, and what the byte takes
+// from the patch one sum over vectors and heads. Every program does that for the whole row, as it takes less time than
+// handing anything on.
+//
 // Sums are taken in float32 in a fixed order. Compiled by NVRTC with the sizes as macros (see resident.py):
-//   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), VECTORS (of a patch, where layers read
-//   one), MAPS and LAYERS of the stack, TAP (the layer whose output is kept besides; -1 for none), WARPS of a program,
-//   SLOTS of a program's ring and SLOT (bytes of each), IN_FLIGHT (slots under way at once; 0 for all), STAMPS (whether
-//   programs note when they have ended each phase of a layer), BFLOAT16 (0 for float16).
+//   DIM, HIDDEN, HEADS, WIDTH (of a head), SPLITS (parts of a head's attention), SCORES (heads that read a patch times
+//   its vectors; 0 where no layer reads one), VECTORS (of a patch), MAPS and LAYERS of the stack, TAP (the layer whose
+//   output is kept besides; -1 for none), WARPS of a program, SLOTS of a program's ring and SLOT (bytes of each),
+//   IN_FLIGHT (slots under way at once; 0 for all), STAMPS (whether programs note when they have ended each phase of a
+//   layer), BFLOAT16 (0 for float16).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -45,9 +51,11 @@ typedef long long i64;
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define NOTHING (-1e30f)     // the largest score of no keys
+#define PLACES ((SCORES + 31) / 32 * 32)  // numbers of a row that gives what a patch's vectors add to an output
 
-// What a map makes, in a layer's order. Those of even numbers multiply a normalised row.
-enum Kind { QUERY, CROSSED, HEAD, MIDDLE, GATE, END };
+// What a map makes, in a layer's order. Those of even numbers multiply a normalised row. Scores and answers are what a
+// byte takes from a patch.
+enum Kind { SCORE, ANSWER, HEAD, MIDDLE, GATE, END };
 
 // A linear map, by units of two rows that one warp takes: neighbours, or a gate and its value.
 struct Map {
@@ -56,7 +64,7 @@ struct Map {
     int each, extra;  // units of every program, and how many programs have one more
     int before;       // where the programs that have one more begin
     int most;         // units of a slot
-    int unused;
+    int shared;       // whether every program has all units
 };
 
 // Units of a program.
@@ -66,17 +74,14 @@ struct Span {
 
 // A layer. What it does not have is null.
 struct Layer {
-    const u16 *cross_norm, *cross_keys, *cross_values;  // keys and values [HEADS, VECTORS, WIDTH]
-    const u16 *attention_norm, *feed_norm;
+    const u16 *cross_norm, *attention_norm, *feed_norm;
     u16 *keys, *values;  // [HEADS, capacity, WIDTH]
     float cross_residual;
     int unused;
 };
 
 // Where a layer's words lie in the exchange.
-#define AT_QUERY 0
-#define AT_CROSSED (AT_QUERY + DIM)
-#define AT_HEADS (AT_CROSSED + DIM)
+#define AT_HEADS 0
 #define AT_PARTS (AT_HEADS + 3 * DIM)
 #define AT_STATS (AT_PARTS + SPLITS * DIM)
 #define AT_MIDDLE (AT_STATS + 2 * SPLITS * HEADS)
@@ -249,6 +254,10 @@ struct Shared {
     float merged[WARPS * WIDTH];
     float merged_stats[WARPS * 2];
     alignas(16) float squares[THREADS];  // of the stream, by the threads that took it
+#if SCORES > 0
+    float scores[PLACES];
+    alignas(16) float shares[WARPS * PLACES];
+#endif
     u64 full[SLOTS], empty[SLOTS];
     u64 kv_full[KV_STAGES], kv_empty[KV_STAGES];
     u64 norm_full[NORMS], norm_empty[NORMS];
@@ -264,8 +273,8 @@ static_assert(sizeof(Shared) <= 232448 - 1024, "a multiprocessor has no room for
 extern "C" __device__ const int shared_bytes = sizeof(Shared);
 
 // The phases of a layer, by what has been done at their ends.
-enum Phase { STREAM, CROSS_QUERIES, CROSS_READ, CROSSED_MADE, CROSSED_STREAM, HEADS_MADE, ATTENDED, ATTENTION,
-             MIDDLE_MADE, MIDDLE_TAKEN, HIDDEN_MADE, HIDDEN_TAKEN, END_MADE, PHASES };
+enum Phase { STREAM, SCORES_MADE, PATCH_READ, HEADS_MADE, ATTENDED, ATTENTION, MIDDLE_MADE, MIDDLE_TAKEN, HIDDEN_MADE,
+             HIDDEN_TAKEN, END_MADE, PHASES };
 #if STAMPS
 #define MOST_PROGRAMS 256
 // Of every program: nanoseconds by a clock that all have, and in cycles the time and the wait for weights until then.
@@ -293,7 +302,7 @@ struct Place {
 
     // A program's units are neighbours, so that they lie in one piece, and few writes bring their words.
     __device__ __forceinline__ Span span_of(const Map& map) const {
-        int place = cta - map.before;
+        int place = map.shared ? 0 : cta - map.before;
         if (place < 0) place += ctas;
         Span span;
         span.unit = place * map.each + min(place, map.extra);
@@ -353,7 +362,7 @@ struct Supplier : Place {
         const u16* from = of.weight + (i64)unit * (of.kind == GATE ? 1 : 2) * of.inputs;
         u16* to = s.ring + slot.stage * (SLOT / 2);
         barrier_expect(s.full + slot.stage, 2 * row);
-        bulk_copy(to, from, of.kind == GATE ? row : 2 * row, s.full + slot.stage, once);
+        bulk_copy(to, from, of.kind == GATE ? row : 2 * row, s.full + slot.stage, of.shared ? kept : once);
         if (of.kind == GATE)
             bulk_copy(to + row / 2, from + (i64)of.units * of.inputs, row, s.full + slot.stage, once);
         slot.next<SLOTS>();
@@ -437,7 +446,7 @@ struct Program : Place {
     // The map that is prepared: its units here, those of a slot, where its words go, and the stream's share in them.
     Span span;
     int most;
-    bool is_end, is_gate, begun;  // begun: its first units
+    bool is_score, is_end, is_gate, begun;  // begun: its first units
     float of_residual;
     u32* to;
     // The units that are begun, in words of 16 bytes: from one to the next, to its other row, and where the first lies.
@@ -485,8 +494,7 @@ struct Program : Place {
 
     // Where a map's results go.
     __device__ __forceinline__ u32* target_of(int layer, int kind) {
-        int at = kind == QUERY ? AT_QUERY : kind == CROSSED ? AT_CROSSED : kind == HEAD ? AT_HEADS
-                 : kind == MIDDLE ? AT_MIDDLE : kind == GATE ? AT_HIDDEN : AT_END;
+        int at = kind == HEAD ? AT_HEADS : kind == MIDDLE ? AT_MIDDLE : kind == GATE ? AT_HIDDEN : AT_END;
         return words(layer, at);
     }
 
@@ -560,31 +568,6 @@ struct Program : Place {
         meet();
     }
 
-#if VECTORS > 0
-    // Take the queries, and let them read the patch; every program does so for all heads, as that takes less time than
-    // handing the results on.
-    __device__ __forceinline__ void take_crossed(const u32* from, int layer) {
-        constexpr int turns = (DIM / 4 + THREADS - 1) / THREADS;
-        // On their way while the queries are waited for.
-        uint2 keys[turns][VECTORS], values[turns][VECTORS];
-#pragma unroll
-        for (int i = 0; i < turns; i++) {
-            int quarter = min(thread + i * THREADS, DIM / 4 - 1);
-            int at = quarter / (WIDTH / 4) * VECTORS * (WIDTH / 4) + quarter % (WIDTH / 4);
-#pragma unroll
-            for (int j = 0; j < VECTORS; j++) {
-                keys[i][j] = ((const uint2*)s.layers[layer].cross_keys)[at + j * (WIDTH / 4)];
-                values[i][j] = ((const uint2*)s.layers[layer].cross_values)[at + j * (WIDTH / 4)];
-            }
-        }
-        gather<DIM>(from, epoch, [&](int turn, int quarter, float4 x) {
-            x = read_patch(x, keys[turn], values[turn]);
-            if (quarter < DIM / 4) s.row.halves[quarter & 1][quarter >> 1] = split(x);
-        });
-        meet();
-    }
-#endif
-
     // By what the products of a normalised row must be multiplied.
     __device__ __forceinline__ float norm_factor() const {
         constexpr int each = THREADS / 32;
@@ -597,30 +580,87 @@ struct Program : Place {
         return rsqrtf(warp_sum(squares) * (1.0f / DIM) + eps);
     }
 
-#if VECTORS > 0
-    // Four places of a head's query read the patch's vectors.
-    __device__ __forceinline__ float4 read_patch(float4 query, const uint2* keys, const uint2* values) {
-        static_assert(WIDTH <= 128, "a head is in one warp");
-        float scores[VECTORS], largest = NOTHING, mass = 0.0f;
+#if SCORES > 0
+    // From the scores of a patch's vectors, what each of them counts for each head, as the matrix units take it.
+    __device__ __forceinline__ void take_scores(uint4 (*inputs)[2]) {
+        float* shares = s.shares + warp * PLACES;
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) {
-            float score = low_number(keys[j].x) * query.x + high_number(keys[j].x) * query.y +
-                          low_number(keys[j].y) * query.z + high_number(keys[j].y) * query.w;
+        for (int i = 0; i < PLACES / 32; i++) {
+            int at = 32 * i + lane, first = at - at % VECTORS;
+            float largest = NOTHING, mass = 0.0f, share = 0.0f;
+            if (at < SCORES) {
 #pragma unroll
-            for (int mask = 1; mask < WIDTH / 4; mask *= 2) score += shuffle_xor(score, mask);
-            scores[j] = score * rsqrtf((float)WIDTH);
-            largest = fmaxf(largest, scores[j]);
+                for (int j = 0; j < VECTORS; j++) largest = fmaxf(largest, s.scores[first + j]);
+#pragma unroll
+                for (int j = 0; j < VECTORS; j++) mass += __expf(s.scores[first + j] - largest);
+                share = __fdividef(__expf(s.scores[at] - largest), mass);
+            }
+            shares[at] = share;
         }
+        __syncwarp();
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) mass += scores[j] = __expf(scores[j] - largest);
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int j = 0; j < VECTORS; j++) {
-            float share = __fdividef(scores[j], mass);
-            sum.x += share * low_number(values[j].x), sum.y += share * high_number(values[j].x);
-            sum.z += share * low_number(values[j].y), sum.w += share * high_number(values[j].y);
+        for (int i = 0; i < PLACES / 32; i++) {
+            const float4* four = (const float4*)shares + 8 * i + lane % 4 * 2;
+            inputs[i][0] = split(four[0]);
+            inputs[i][1] = split(four[1]);
         }
-        return sum;
+    }
+
+    // Add what the patch gives to two neighbours of the stream, which then await the attention's norm; their squares.
+    __device__ __forceinline__ float add_answers(int at, float one, float two, float of_residual) {
+        float2& x = ((float2*)s.residual)[at / 2];
+        one += of_residual * x.x;
+        two += of_residual * x.y;
+        x = make_float2(one, two);
+        u32 scales = ((const u32*)(s.norms + norm.stage * DIM))[at / 2];
+        float low = one * low_number(scales), high = two * high_number(scales);
+        u32 nearest = pair_of(low, high);
+        uint2* to = (uint2*)(s.normalised.halves[at / 4 & 1] + at / 8);
+        to[at / 2 & 1] = make_uint2(nearest, pair_of(low - low_number(nearest), high - high_number(nearest)));
+        return one * one + two * two;
+    }
+
+    // Read the patch, once the scores are there, for all of the row: by eights of outputs, of which a warp takes eight
+    // at a time, so that every lane has the sums of two outputs.
+    __device__ __forceinline__ void take_answers(float of_residual) {
+        uint4 inputs[PLACES / 32][2];
+        float squares = 0.0f;
+        meet();
+        take_scores(inputs);
+        barrier_wait(s.norm_full + norm.stage, norm.parity);
+        int eight = 8 * warp;
+#pragma unroll 1
+        for (int unit = 0; unit < span.end; unit += most) {
+            int eights = min(most, span.end - unit) / 4;
+            await_slot();
+            const uint4* from = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane / 4 * (PLACES / 8) + lane % 4;
+#pragma unroll 1
+            for (; eight < eights; eight += 8 * WARPS) {
+                float one = 0.0f, two = 0.0f;
+#pragma unroll 4
+                for (int i = 0; i < 8; i++) {
+                    // Beyond the last eight the sums mean nothing, and are not used.
+                    float sums[4] = {};
+#pragma unroll
+                    for (int j = 0; j < PLACES / 32; j++) {
+                        uint4 weights = from[(eight + i) * PLACES + 4 * j];
+                        multiply_tile(sums, inputs[j][0], weights.x, weights.y);
+                        multiply_tile(sums, inputs[j][1], weights.z, weights.w);
+                    }
+                    one = lane / 4 == i ? sums[0] + sums[2] : one;
+                    two = lane / 4 == i ? sums[1] + sums[3] : two;
+                }
+                int at = 2 * unit + 8 * (eight + lane / 4) + lane % 4 * 2;
+                if (eight + lane / 4 < eights) squares += add_answers(at, one, two, of_residual);
+            }
+            // The next slot's go on with the next warp.
+            eight -= (eights + 7) / 8 * 8;
+            slot_read();
+        }
+        s.squares[thread] = squares;
+        meet();
+        if (thread == 0) barrier_arrive(s.norm_empty + norm.stage);
+        norm.next<NORMS>();
     }
 #endif
 
@@ -722,14 +762,15 @@ struct Program : Place {
         const int kind = map.kind, length = map.inputs / 8;
         span = span_of(map);
         most = map.most;
+        is_score = kind == SCORE;
         is_end = kind == END;
         is_gate = kind == GATE;
-        of_residual = kind == MIDDLE || kind == END ? 1.0f : kind == CROSSED ? s.layers[layer].cross_residual : 0.0f;
+        of_residual = kind == MIDDLE || kind == END ? 1.0f : 0.0f;
         to = target_of(layer, kind);
         step = is_gate ? length : 2 * length;
         int count = min(most, span.end - span.unit);
         other = is_gate ? count * length : length;
-        begun = count > 0 && barrier_test(s.full + slot.stage, slot.parity);
+        begun = kind != ANSWER && count > 0 && barrier_test(s.full + slot.stage, slot.parity);
         if (begun && warp < count) begin_units(warp, count);
     }
 
@@ -777,6 +818,12 @@ struct Program : Place {
             return;
         }
         int at = 2 * unit + odd;
+#if SCORES > 0
+        if (is_score) {
+            s.scores[at] = value;
+            return;
+        }
+#endif
         if (of_residual != 0.0f) value += of_residual * s.residual[at];
         if (is_end && layer == LAYERS - 1) {
             output[at] = (u16)pair_of(value, 0.0f);
@@ -1003,26 +1050,31 @@ struct Program : Place {
             const int kind = map.kind;
             if (last == END) epoch = epoch_of(++layer);
             prepare(map, layer);
-            const bool takes_middle = kind == GATE, normalises = kind % 2 == 0;
-            if (normalises)
-                take_normalised(takes_middle ? words(layer, AT_MIDDLE) : stream, takes_middle ? epoch : of_stream);
-#if VECTORS > 0
-            if (kind == CROSSED) take_crossed(words(layer, AT_QUERY), layer);
+#if SCORES > 0
+            if (kind == ANSWER) {
+                take_answers(s.layers[layer].cross_residual);
+                stamp(layer, PATCH_READ);
+                last = kind;
+                continue;
+            }
 #endif
+            const bool takes_middle = kind == GATE, normalises = kind % 2 == 0;
+            if (normalises && last != ANSWER)
+                take_normalised(takes_middle ? words(layer, AT_MIDDLE) : stream, takes_middle ? epoch : of_stream);
             if (kind == END) take_hidden(words(layer, AT_HIDDEN));
             if (kind == MIDDLE) {
                 for (int item = cta; item < HEADS * SPLITS; item += ctas) attend(layer, item);
                 stamp(layer, ATTENDED);
                 take_attention(layer);
             }
-            stamp(layer, kind == QUERY ? STREAM : kind == CROSSED ? CROSS_READ : kind == MIDDLE ? ATTENTION
-                         : kind == GATE ? MIDDLE_TAKEN : kind == END ? HIDDEN_TAKEN
-                         : last == CROSSED ? CROSSED_STREAM : STREAM);
+            if (last != ANSWER)
+                stamp(layer, kind == MIDDLE ? ATTENTION : kind == GATE ? MIDDLE_TAKEN : kind == END ? HIDDEN_TAKEN
+                             : STREAM);
             multiply(normalises, layer);
-            stamp(layer, kind == QUERY ? CROSS_QUERIES : kind == CROSSED ? CROSSED_MADE : kind == HEAD ? HEADS_MADE
-                         : kind == MIDDLE ? MIDDLE_MADE : kind == GATE ? HIDDEN_MADE : END_MADE);
-            if (kind == CROSSED || kind == END) {
-                stream = target_of(layer, kind);
+            stamp(layer, kind == SCORE ? SCORES_MADE : kind == HEAD ? HEADS_MADE : kind == MIDDLE ? MIDDLE_MADE
+                         : kind == GATE ? HIDDEN_MADE : END_MADE);
+            if (kind == END) {
+                stream = words(layer, AT_END);
                 of_stream = epoch;
             }
             last = kind;

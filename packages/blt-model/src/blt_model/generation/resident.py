@@ -5,6 +5,7 @@ needs to be installed. It needs the copy engine of compute capability 9, and a m
 all at once: it is launched cooperatively, so that a launch begins when there is room for all of it.
 
 Legend: L layers, H heads, E head width, K vectors of a patch, C places of a cache, S parts of a head's attention.
+A patch is read by absorbed keys and values; see `absorbed`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from blt_model.caches import AttentionCache
 from blt_model.config import TransformerConfig
 from blt_model.errors import ModelError
+from blt_model.generation.absorbed import AbsorbedPatch, padded
 from blt_model.generation.machine_code import checked, compiles_for, machine_code
 from blt_model.generation.steps import BlockStep, CrossStep
 
@@ -39,10 +41,8 @@ _LONG = 1_024
 
 PHASES = (
     "stream taken",
-    "cross queries made",
+    "patch scored",
     "patch read",
-    "crossed made",
-    "crossed taken",
     "heads made",
     "attended",
     "attention taken",
@@ -52,7 +52,7 @@ PHASES = (
     "hidden taken",
     "end made",
 )
-"""Of a layer, by what has been done at their ends; only layers that read a patch have the second to the fifth."""
+"""Of a layer, by what has been done at their ends; only layers that read a patch have the second and the third."""
 _MOST_PROGRAMS = 256
 """Of which stamps are kept."""
 
@@ -62,14 +62,12 @@ ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_fl
 _MAP = np.dtype(
     [
         ("weight", np.uint64),
-        *((name, np.int32) for name in ("units", "inputs", "kind", "each", "extra", "before", "most", "unused")),
+        *((name, np.int32) for name in ("units", "inputs", "kind", "each", "extra", "before", "most", "shared")),
     ]
 )
 _LAYER = np.dtype(
     [
         ("cross_norm", np.uint64),
-        ("cross_keys", np.uint64),
-        ("cross_values", np.uint64),
         ("attention_norm", np.uint64),
         ("feed_norm", np.uint64),
         ("keys", np.uint64),
@@ -106,8 +104,10 @@ class Sizes:
     heads: int
     width: int
     splits: int
+    scores: int
+    """Of a byte that reads a patch; 0 where no layer does."""
     vectors: int
-    """K; 0 where no layer reads a patch."""
+    """K."""
     maps: int
     layers: int
     is_bfloat16: bool
@@ -118,7 +118,7 @@ class Sizes:
     @property
     def layer_words(self) -> int:
         """Words of 32 bits that programs exchange in a layer."""
-        return 7 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
+        return 5 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
 
     @property
     def slot(self) -> int:
@@ -129,6 +129,7 @@ class Sizes:
     def slots(self) -> int:
         """Of the ring: as many as there is room for."""
         floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + _WARPS * (self.width + 34)
+        floats += (_WARPS + 1) * padded(self.scores)
         fixed = (
             4 * _KV_NUMBERS
             + 4 * floats
@@ -148,6 +149,7 @@ class Sizes:
             "HEADS": self.heads,
             "WIDTH": self.width,
             "SPLITS": self.splits,
+            "SCORES": self.scores,
             "VECTORS": self.vectors,
             "MAPS": self.maps,
             "LAYERS": self.layers,
@@ -219,8 +221,8 @@ class Parts:
     """Of the blocks, one after another, one row each; equal in all but their layers."""
     crosses: Mapping[int, CrossStep] = field(default_factory=dict)
     """The layers that read a patch before their block, with their parameters."""
-    patch: tuple[Tensor, Tensor] | None = None
-    """Keys and values [layers with cross-attention, 1, H, K, E] of the newest patch."""
+    patch: AbsorbedPatch | None = None
+    """The newest patch, as those layers read it."""
     tap: int = -1
     """The layer whose output is kept besides; -1 for none."""
 
@@ -238,7 +240,8 @@ class Parts:
             heads=first.num_heads,
             width=first.head_dim,
             splits=4 if self.caches[0].capacity <= _LONG else 8,
-            vectors=0 if self.patch is None else self.patch[0].shape[3],
+            scores=0 if self.patch is None else self.patch.scores,
+            vectors=1 if self.patch is None else self.patch.vectors,
             maps=4 * layers + 2 * len(self.crosses),
             layers=layers,
             is_bfloat16=first.query_key_value.dtype == torch.bfloat16,
@@ -248,9 +251,11 @@ class Parts:
 
     def fit(self) -> bool:
         """Whether the kernel can run the stack: its shape, and room for rings of two slots."""
-        # A head's query reads a patch in one warp.
-        reads_fit = self.patch is None or self.blocks[0].head_dim <= 128
-        return reads_fit and all(fits(cache.config) for cache in self.caches) and self.sizes().slots >= 2
+        if (self.patch is None) != (not self.crosses) or not all(fits(cache.config) for cache in self.caches):
+            return False
+        sizes = self.sizes()
+        # A slot has to hold what eight outputs take from a patch.
+        return sizes.slots >= 2 and sizes.slot >= 16 * padded(sizes.scores)
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Of every block."""
@@ -297,24 +302,23 @@ class StackTables:
     def _make_maps(self, programs: int) -> Tensor:
         table = np.zeros(self.sizes.maps, dtype=_MAP)
         index = before = 0
+        patch = self.parts.patch
+        reads = iter(() if patch is None else zip(patch.keys, patch.values, strict=True))
         for layer, block in enumerate(self.parts.blocks):
-            cross = self.parts.crosses.get(layer)
+            scores, answers = next(reads) if layer in self.parts.crosses else (None, None)
             # In the order in which they are multiplied, which is that of the kernel's kinds.
-            maps = (
-                None if cross is None else cross.query,
-                None if cross is None else cross.output,
-                block.query_key_value,
-                block.output,
-                block.gate_value,
-                block.feed_forward_output,
-            )
+            maps = scores, answers, block.query_key_value, block.output, block.gate_value, block.feed_forward_output
             for kind, weight in enumerate(maps):
                 if weight is None:
                     continue
-                units = len(weight) // 2
-                each, extra = divmod(units, programs)
-                most = self.sizes.slot // (4 * weight.shape[1])
-                table[index] = (weight.data_ptr(), units, weight.shape[1], kind, each, extra, before, most, 0)
+                is_shared, inputs = weight is scores or weight is answers, weight.shape[1]
+                units = -(-self.sizes.scores // 2) if weight is scores else len(weight) // 2
+                each, extra = (units, 0) if is_shared else divmod(units, programs)
+                most = self.sizes.slot // (4 * inputs)
+                if weight is answers:
+                    # Its outputs are taken by eights.
+                    most -= most % 4
+                table[index] = (weight.data_ptr(), units, inputs, kind, each, extra, before, most, is_shared)
                 # The programs with a unit more are others in the next map.
                 index, before = index + 1, (before + extra) % programs
         return self._bytes(table)
@@ -326,11 +330,9 @@ class StackTables:
             row["attention_norm"] = block.attention_norm.weight.data_ptr()
             row["feed_norm"] = block.feed_forward_norm.weight.data_ptr()
             row["keys"], row["values"] = keys.data_ptr(), values.data_ptr()
-        if self.parts.patch is not None:
-            for (layer, cross), keys, values in zip(self.parts.crosses.items(), *self.parts.patch, strict=True):
-                row = table[layer]
-                row["cross_norm"], row["cross_residual"] = cross.query_norm.weight.data_ptr(), float(cross.residual)
-                row["cross_keys"], row["cross_values"] = keys.data_ptr(), values.data_ptr()
+        for layer, cross in self.parts.crosses.items():
+            row = table[layer]
+            row["cross_norm"], row["cross_residual"] = cross.query_norm.weight.data_ptr(), float(cross.residual)
         return self._bytes(table)
 
     def _bytes(self, table: np.ndarray[Any, Any]) -> Tensor:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,8 +30,13 @@ Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From logits [1, V] and a random number float64 [1] to a token int64 [1] and its log-probability float64 [1]."""
 
 
-_LOOKS = 100_000
+_LOOKS = 1_000_000
 """At a result that has not come, before the host waits in another way."""
+
+
+def _view(tensor: Tensor) -> Any:
+    """The numbers of a tensor as a flat memoryview, which type checkers take to hold integers."""
+    return memoryview(tensor.numpy().ravel())
 
 
 class SingleRowSession(BLTSession):
@@ -62,12 +66,16 @@ class SingleRowSession(BLTSession):
             self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
             self._host_uniform = torch.zeros(1, dtype=torch.float64, pin_memory=pinned)
             # Of running ahead and of patches, for steps of even and odd positions: a token and its log-probability.
+            # Nothing is a number before it has come.
             self._results = torch.zeros(2, 2, 2, dtype=torch.float64, pin_memory=pinned)
-            self._host_entropy = torch.zeros(1, dtype=torch.float32, pin_memory=pinned)
-            # Views of the same memory, quicker to read and write number by number.
-            self._results_back, self._number_out = self._results.numpy(), self._host_uniform.numpy()
-            self._entropy_back = self._host_entropy.numpy()
+            self._host_entropy = torch.full((1,), math.nan, dtype=torch.float32, pin_memory=pinned)
+            # Views of the same memory, much quicker to read and write number by number: between an entropy and the
+            # launch of what follows it the device may have nothing to do.
+            self._results_back, self._number_out = _view(self._results), _view(self._host_uniform)
+            self._entropy_back = _view(self._host_entropy)
         self._choose, self._kind = choose, kind
+        # A step that was launched in vain has left one.
+        self._entropy_back[0] = math.nan
         self._is_likeliest = kind == "likeliest"
         self._tokens.fill_(token)
         self._patch_position.fill_(int(self._patch_counts[0]))
@@ -82,10 +90,13 @@ class SingleRowSession(BLTSession):
         Args:
             uniform: the random number of the choice.
         """
-        position = int(self._positions[0])
-        self._reserve(position + 1, int(self._open_lengths[0]) + 1)
+        position, open_length = int(self._positions[0]), int(self._open_lengths[0])
+        room = self._room
+        if position >= room[0] or open_length >= room[1] or self._patch_counts[0] >= room[2]:
+            self._reserve(position + 1, open_length + 1)
         self._number_out[0] = uniform
-        self._results_back[:, position % 2] = self._entropy_back[0] = math.nan
+        results, at = self._results_back, 2 * (position % 2)
+        results[at] = results[at + 1] = results[at + 4] = results[at + 5] = math.nan
         changed = [self._numbers.device, self._tokens]
         if self._hashes is not None:
             changed.append(self._hashes.symbols)
@@ -103,34 +114,36 @@ class SingleRowSession(BLTSession):
             The next token, now the present one, and its log-probability.
         """
         # What the host has to keep up is done while the device works.
-        parity = int(self._positions[0]) % 2
+        at = 2 * (int(self._positions[0]) % 2)
         self._positions[0] += 1
         self._open_lengths[0] += 1
         entropy = math.nan
         if self._entropy_steps is not None:
             self._entropy_steps.advance([token])
-            (entropy,) = self._seen(self._entropy_back)
+            entropy = self._seen(self._entropy_back, 0)
+            self._entropy_back[0] = math.nan
         completes = self._patchers[0].push(token, entropy)
         if completes:
             self._take_patch()
+            at += 4
         # Without kernels of our own results are told apart by when they come.
         if uniform is not None and self._is_fused:
             self.launch(uniform)
-        next_token, log_probability = self._seen(self._results_back[int(completes), parity])
+        next_token, log_probability = self._seen(self._results_back, at), self._seen(self._results_back, at + 1)
         if uniform is not None and not self._is_fused:
             self.launch(uniform)
         return int(next_token), log_probability
 
-    def _seen(self, numbers: npt.NDArray[np.floating[Any]]) -> list[float]:
-        """Numbers of a result, once they have come."""
-        # They are seen before the kernel that writes them is known to have ended.
+    def _seen(self, numbers: Any, at: int) -> float:
+        """A number of a result, once it has come."""
+        # It is seen before the kernel that writes it is known to have ended.
         for _ in range(_LOOKS if self._is_fused else 0):
-            if not np.isnan(numbers).any():
-                break
-        else:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
-        return [float(number) for number in numbers]
+            number = float(numbers[at])
+            if not math.isnan(number):
+                return number
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return float(numbers[at])
 
     def _ahead(self) -> None:
         positions, open_lengths, lm_positions = self._numbers.device
