@@ -231,9 +231,10 @@ def test_readers_weights_are_absorbed(
         )
         for _ in range(2)
     ]
-    keys, values = random(2, 1, heads, vectors, width, dtype=dtype), random(2, 1, heads, vectors, width, dtype=dtype)
-    patch = AbsorbedPatch.empty(keys, dim)
-    patch_kernels.absorb(keys, values, absorbed_weights(crosses), patch)
+    of_patch, weights = random(2, 1, vectors, 2, heads, width, dtype=dtype), absorbed_weights(crosses)
+    keys, values = of_patch.permute(3, 0, 1, 4, 2, 5).unbind(0)
+    patch = AbsorbedPatch.empty(weights, vectors)
+    patch_kernels.absorb(of_patch, weights, patch)
     assert patch.keys.shape[1] % 32 == 0
     x = random(1, dim, dtype=dtype)
     for index, cross in enumerate(crosses):

@@ -75,8 +75,8 @@ class Stack:
     def absorbed(self) -> AbsorbedPatch:
         """The patch as the kernel reads it."""
         keys, values = (part[:, 0].double() for part in self.patch)
-        weights = absorbed_weights(list(self.crosses.values())).double()
-        patch = AbsorbedPatch.empty(self.patch[0], self.config.dim)
+        weights = absorbed_weights(list(self.crosses.values()))
+        patch, weights = AbsorbedPatch.empty(weights, self.vectors), weights.double()
         scale, scores = self.config.head_dim**-0.5, slice(patch.scores)
         patch.keys[:, scores] = torch.einsum("lhke,lhed->lhkd", keys, scale * weights[0]).flatten(1, 2).to(self.dtype)
         answers = torch.einsum("lhke,lhed->lhkd", values, weights[1]).flatten(1, 2)

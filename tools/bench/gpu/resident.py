@@ -70,8 +70,8 @@ class Problem:
             shape = (len(crosses), 1, config.num_heads, vectors, config.head_dim)
             numbers = torch.randn(2, *shape, device=cache.keys.device).to(cache.keys.dtype)
             patch = numbers[0], numbers[1]
-            absorption = fused.Absorption(list(crosses.values()), patch[0])
-            absorption(*patch)
+            absorption = fused.Absorption(list(crosses.values()), vectors)
+            absorption(numbers.permute(1, 2, 4, 0, 3, 5).contiguous())
             absorbed = absorption.patch
         x = torch.randn(1, config.dim, device=cache.keys.device).to(cache.keys.dtype)
         stack = ResidentStack(Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=absorbed))

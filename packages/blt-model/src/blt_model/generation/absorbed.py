@@ -41,16 +41,16 @@ class AbsorbedPatch:
     """K."""
 
     @classmethod
-    def empty(cls, keys: Tensor, dim: int) -> AbsorbedPatch:
-        """Room for the patch whose keys [L, B, H, K, E] are given, with nought in it."""
-        layers, _, heads, vectors, _ = keys.shape
+    def empty(cls, weights: Tensor, vectors: int) -> AbsorbedPatch:
+        """Room for patches of so many vectors, with nought in it, for weights as of `absorbed_weights`."""
+        _, layers, heads, _, dim = weights.shape
         places = padded(heads * vectors)
         shapes = (layers, places, dim), (layers, dim, places)
-        return cls(keys.new_zeros(shapes[0]), keys.new_zeros(shapes[1]), heads * vectors, vectors)
+        return cls(weights.new_zeros(shapes[0]), weights.new_zeros(shapes[1]), heads * vectors, vectors)
 
 
 def absorbed_weights(crosses: Sequence[CrossStep]) -> Tensor:
     """The weights [2, L, H, E, dim] of queries and, transposed, of outputs, side by side."""
     maps = [[cross.query.detach(), cross.output.detach().T] for cross in crosses]
     stacked = torch.stack([torch.stack(kind) for kind in zip(*maps, strict=True)])
-    return stacked.unflatten(2, (-1, crosses[0].head_dim)).contiguous()
+    return stacked.view(2, len(crosses), -1, crosses[0].head_dim, stacked.shape[-1])

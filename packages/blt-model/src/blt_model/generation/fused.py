@@ -26,6 +26,7 @@ from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
 from blt_model.generation.resident import Parts, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.triton_support import HAS_TRITON
+from blt_model.vocabulary import BYTE_OFFSET, EOS_ID
 
 _LEAST_BLOCK = 16
 """The inputs of a map must have this power of two as a factor, as the matrix units take so many at once."""
@@ -45,6 +46,14 @@ def _linear_kernels() -> ModuleType:
     from blt_model.generation import linear_kernels
 
     return linear_kernels
+
+
+@functools.cache
+def _head_kernels() -> ModuleType:
+    """The kernels of heads; loading them loads triton."""
+    from blt_model.generation import head_kernels
+
+    return head_kernels
 
 
 @functools.cache
@@ -124,6 +133,30 @@ def normed_linear(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype | No
     return result
 
 
+class Head:
+    """A model's last normalisation and map for one row, with what is made of the logits in the same kernel."""
+
+    def __init__(self, norm: Norm, weight: Tensor) -> None:
+        """Read weights as they lie, [V, dim]."""
+        self._kernels = _head_kernels().Head(norm.weight, weight, norm.eps)
+
+    def entropy(self, x: Tensor, out: Tensor) -> None:
+        """Write the entropy after trunk outputs [1, dim] to float32 [at least 1], in nats."""
+        self._kernels.entropy(x, out)
+
+    def likeliest(
+        self, x: Tensor, tokens: Tensor, counters: Tensor, place: Tensor, result: Tensor, *, before: int
+    ) -> None:
+        """Choose the likeliest byte or EOS after states [1, dim], and hand it over as `hand_over` does."""
+        self._kernels.likeliest(x, tokens, counters, place, result, first=BYTE_OFFSET, end=EOS_ID, before=before)
+
+
+def mapped(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear map [n, N] of rows [n, K]."""
+    result: Tensor = _linear_kernels().linear(x, weight)
+    return result
+
+
 def put_entropies(x: Tensor, model: ByteLM, out: Tensor) -> None:
     """Write the entropies of an entropy model's trunk outputs [n, dim] to float32 [at least n], in nats."""
     logits = normed_linear(x, Norm.of(model.norm), model.head.weight, torch.float32)
@@ -161,11 +194,15 @@ def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:
     return [FusedBlock(block) for block in blocks]
 
 
-def resident_stack(parts: Parts) -> ResidentStack | None:
-    """The form of a stack in one launch; None where the caches have several rows or the device cannot."""
+def can_be_resident(parts: Parts) -> bool:
+    """Whether a stack can run in one launch: one row, on a device that can."""
     first = parts.caches[0]
-    can = first.rows == 1 and resident.available(first.keys.device) and parts.fit()
-    return ResidentStack(parts) if can else None
+    return first.rows == 1 and resident.available(first.keys.device) and parts.fit()
+
+
+def resident_stack(parts: Parts) -> ResidentStack | None:
+    """The form of a stack in one launch; None where that cannot be."""
+    return ResidentStack(parts) if can_be_resident(parts) else None
 
 
 class PatchKeys:
@@ -178,37 +215,30 @@ class PatchKeys:
         self._eps = layers[0].key_norm.eps
         self._width = layers[0].head_dim
 
-    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
+    def heads(self, vectors: Tensor) -> Tensor:
+        """Keys, and after them values, [L, m, K, 2, H, E], contiguous, of vectors [m, K, dim]."""
         count, each, dim = vectors.shape
         flat = F.rms_norm(vectors, (dim,), None, self._eps).view(1, -1, dim)
         heads = torch.matmul(flat, self._weight.transpose(1, 2))
-        key, value = heads.view(len(heads), count, each, 2, -1, self._width).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return heads.view(len(heads), count, each, 2, -1, self._width)
+
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
+        key, value = self.heads(vectors).permute(3, 0, 1, 4, 2, 5).unbind(0)
         return key, value
 
 
 class Absorption:
     """The newest patch of the one text as a resident stack's bytes read it, in one kernel; see `absorbed`."""
 
-    def __init__(self, layers: list[CrossStep], keys: Tensor) -> None:
-        """Make room.
-
-        Args:
-            layers: that read.
-            keys: [L, 1, H, K, E] of a patch, for their shape.
-        """
+    def __init__(self, layers: list[CrossStep], vectors: int) -> None:
+        """Make room for patches of so many vectors, which layers read."""
         self._weights = absorbed_weights(layers)
-        self.patch = AbsorbedPatch.empty(keys, layers[0].query.shape[1])
+        self.patch = AbsorbedPatch.empty(self._weights, vectors)
 
-    @classmethod
-    def of(cls, layers: list[CrossStep], keys: Tensor) -> Absorption | None:
-        """None where patches have several rows or the device runs no resident stack."""
-        can = bool(layers) and keys.shape[1] == 1 and resident.available(keys.device)
-        return cls(layers, keys) if can else None
-
-    def __call__(self, keys: Tensor, values: Tensor) -> None:
-        """Take a patch's keys and values [L, 1, H, K, E], contiguous."""
-        _patch_kernels().absorb(keys, values, self._weights, self.patch)
+    def __call__(self, heads: Tensor) -> None:
+        """Take a patch's keys and values [L, 1, K, 2, H, E], contiguous."""
+        _patch_kernels().absorb(heads, self._weights, self.patch)
 
 
 def likeliest(logits: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:

@@ -87,13 +87,15 @@ def _added(sums, words, low, high, kind: tl.constexpr):
 
 
 @triton.jit
-def _linear_one(
-    x, stats, weight, norm, residual, out, outputs, eps, residual_scale, kind: tl.constexpr, WORDS: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
-    ROOM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr, EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
+def outputs_of_one(
+    x, stats, weight, norm, outputs, eps, kind: tl.constexpr, WORDS: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
+    EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One row: every program sums products for EACH * GROUPS outputs; weights, scales and a plain x are words.
+
+    Gives the outputs [EACH, GROUPS], which they are, and which of them there are.
 
     The words of a chunk lie along a warp, or several, and the groups' outputs in different warps: so what a warp reads
     of x serves all its outputs, and sums stay within it.
@@ -148,9 +150,24 @@ def _linear_one(
         gate_sum *= scale[None, :]
     if GATED:
         result *= gate_sum / (1.0 + tl.exp(-gate_sum))
+    return result, start + row, kept
+
+
+@triton.jit
+def _linear_one(
+    x, stats, weight, norm, residual, out, outputs, eps, residual_scale, kind: tl.constexpr, WORDS: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    ROOM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr, EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of one row."""
+    result, row, kept = outputs_of_one(
+        x, stats, weight, norm, outputs, eps, kind, WORDS, NORM, GATED, SPLITS, HEADS, ROOM, WIDTH, EACH, GROUPS,
+        CHUNK, AHEAD, EXACT, DEPENDENT,
+    )  # fmt: skip
     if RESIDUAL:
-        result += residual_scale * tl.load(residual + start + row, mask=kept, other=0.0).to(tl.float32)
-    tl.store(out + start + row, result.to(out.dtype.element_ty), mask=kept)
+        result += residual_scale * tl.load(residual + row, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

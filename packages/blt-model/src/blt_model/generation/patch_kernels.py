@@ -106,9 +106,13 @@ def read_bytes(query: Tensor, heads: Tensor, lengths: Tensor, width: int) -> Ten
     return out
 
 
+ABSORBED_WORDS = 32
+"""Of a row of weights, that a program of one warp takes."""
+
+
 @triton.jit
 def _absorb(
-    keys, values, weights, to_keys, to_values, dim, scale, LAYERS: tl.constexpr, HEADS: tl.constexpr,
+    heads, weights, to_keys, to_values, dim, scale, LAYERS: tl.constexpr, HEADS: tl.constexpr,
     VECTORS: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, kind: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -126,10 +130,10 @@ def _absorb(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     low, high = numbers(tile, kind)
-    read = values if which == 1 else keys
     for vector in tl.static_range(VECTORS):
         score = head * VECTORS + vector
-        row = tl.load(read + (tl.program_id(0) * VECTORS + vector) * WIDTH + e).to(tl.float32)[:, None]
+        row = tl.load(heads + (((layer * VECTORS + vector) * 2 + which) * HEADS + head) * WIDTH + e)
+        row = row.to(tl.float32)[:, None]
         low_sum, high_sum = tl.sum(low * row, 0), tl.sum(high * row, 0)
         if which == 0:
             at = to_keys + (layer * PLACES + score) * dim + held * word
@@ -143,33 +147,32 @@ def _absorb(
                 tl.store(at + PLACES, high_sum.to(kind), mask=inside)
 
 
-def absorb(keys: Tensor, values: Tensor, weights: Tensor, patch: AbsorbedPatch) -> None:
+def absorb(heads: Tensor, weights: Tensor, patch: AbsorbedPatch) -> None:
     """Multiply the readers' weights into the keys and values of the one patch; see `absorbed`.
 
     Args:
-        keys: [L, 1, H, K, E] contiguous.
-        values: [L, 1, H, K, E] contiguous.
+        heads: [L, 1, K, 2, H, E] contiguous, keys before values.
         weights: [2, L, H, E, dim] what `absorbed_weights` gives.
         patch: takes the result.
     """
-    _, layers, heads, width, dim = weights.shape
+    _, layers, count, width, dim = weights.shape
     held = 4 // weights.element_size()
-    block = 64
-    _absorb[(layers * heads, triton.cdiv(dim // held, block), 2)](
-        keys,
-        values,
+    # One warp sums over a head's width by itself.
+    block = ABSORBED_WORDS
+    _absorb[(layers * count, triton.cdiv(dim // held, block), 2)](
+        heads,
         weights.view(torch.int32),
         patch.keys,
         patch.values,
         dim,
         width**-0.5,
         LAYERS=layers,
-        HEADS=heads,
+        HEADS=count,
         VECTORS=patch.vectors,
         WIDTH=width,
         PLACES=patch.keys.shape[1],
         BLOCK=block,
         kind=KINDS[weights.dtype],
         **dependence(),
-        num_warps=4,
+        num_warps=1,
     )

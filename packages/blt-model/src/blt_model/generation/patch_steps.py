@@ -6,6 +6,7 @@ Legend: B rows, m rows that complete a patch, S bytes of the longest of those pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -52,7 +53,7 @@ class PatchSteps:
         self.keys = weight.new_zeros(shape)
         self.values = weight.new_zeros(shape)
         """[decoder layers with cross-attention, B, H, K, E] of every row's newest complete patch."""
-        self._absorption = fused.Absorption.of(self._decoder_cross, self.keys) if is_fused else None
+        self._absorption: fused.Absorption | None = None
 
     @property
     def open_capacity(self) -> int:
@@ -138,15 +139,17 @@ class PatchSteps:
 
     def put_latents(self, rows: Tensor, latents: Tensor) -> None:
         """Make latent outputs [m, width] those that rows, int64 [m], read from now on."""
-        projected = F.linear(latents, self._decoder_projection)
-        vectors = projected.view(len(latents), self._config.cross_attention.k, -1)
         if self._patch_keys is not None:
+            projected = fused.mapped(latents, self._decoder_projection)
+            vectors = projected.view(len(latents), self._config.cross_attention.k, -1)
+            if self._absorption is not None:
+                self._absorption(self._patch_keys.heads(vectors))
+                return
             keys, values = self._patch_keys(vectors)
             self.keys.index_copy_(1, rows, keys)
             self.values.index_copy_(1, rows, values)
-            if self._absorption is not None:
-                self._absorption(self.keys, self.values)
             return
+        vectors = F.linear(latents, self._decoder_projection).view(len(latents), self._config.cross_attention.k, -1)
         for index, cross in enumerate(self._decoder_cross):
             keys, values = cross.keys_values(vectors)
             self.keys[index].index_copy_(0, rows, keys)
@@ -161,7 +164,7 @@ class PatchSteps:
         return cross(x[:, None], self.keys[index, :count], self.values[index, :count]).squeeze(1)
 
     def decoder_parts(self, blocks: Sequence[BlockStep], cache: AttentionCache, layers: dict[int, int]) -> Parts:
-        """The decoder as a stack.
+        """The decoder as a stack; if it can be resident, patches are from now on held as that reads them, and only so.
 
         Args:
             blocks: its blocks.
@@ -169,8 +172,15 @@ class PatchSteps:
             layers: those with cross-attention, each with its place among them.
         """
         crosses = {layer: self._decoder_cross[index] for layer, index in layers.items()}
-        patch = None if self._absorption is None else self._absorption.patch
-        return Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=patch)
+        parts = Parts(blocks=blocks, caches=[cache], crosses=crosses)
+        if cache.rows > 1 or not crosses:
+            return parts
+        absorption = fused.Absorption(self._decoder_cross, self._config.cross_attention.k)
+        absorbing = replace(parts, patch=absorption.patch)
+        if not fused.can_be_resident(absorbing):
+            return parts
+        self._absorption = absorption
+        return absorbing
 
     def copy_row(self, source: int, target: int, *, patches: int, open_length: int) -> None:
         """Copy a row over another.

@@ -555,6 +555,11 @@ struct Program : Place {
             gather<DIM>(from, epoch, take);
         }
         s.squares[thread] = squares;
+        normalised();
+    }
+
+    // All threads have normalised their parts of the row.
+    __device__ __forceinline__ void normalised() {
         meet();
         if (thread == 0) barrier_arrive(s.norm_empty + norm.stage);
         norm.next<NORMS>();
@@ -581,8 +586,9 @@ struct Program : Place {
     }
 
 #if SCORES > 0
-    // From the scores of a patch's vectors, what each of them counts for each head, as the matrix units take it.
-    __device__ __forceinline__ void take_scores(uint4 (*inputs)[2]) {
+    // From the scores of a patch's vectors, what each of them counts for each head: as a column of the matrix that the
+    // matrix units take, the nearest numbers in even lanes' columns, and what these leave in odd ones'.
+    __device__ __forceinline__ void take_scores(uint4* inputs) {
         float* shares = s.shares + warp * PLACES;
 #pragma unroll
         for (int i = 0; i < PLACES / 32; i++) {
@@ -598,11 +604,12 @@ struct Program : Place {
             shares[at] = share;
         }
         __syncwarp();
+        const bool leaves = lane & 4;
 #pragma unroll
         for (int i = 0; i < PLACES / 32; i++) {
             const float4* four = (const float4*)shares + 8 * i + lane % 4 * 2;
-            inputs[i][0] = split(four[0]);
-            inputs[i][1] = split(four[1]);
+            uint4 one = split(four[0]), two = split(four[1]);
+            inputs[i] = leaves ? make_uint4(one.y, one.w, two.y, two.w) : make_uint4(one.x, one.z, two.x, two.z);
         }
     }
 
@@ -620,47 +627,50 @@ struct Program : Place {
         return one * one + two * two;
     }
 
-    // Read the patch, once the scores are there, for all of the row: by eights of outputs, of which a warp takes eight
+    // Read the patch, once the scores are there, for all of the row: by sixteens of outputs, of which a warp takes four
     // at a time, so that every lane has the sums of two outputs.
     __device__ __forceinline__ void take_answers(float of_residual) {
-        uint4 inputs[PLACES / 32][2];
+        uint4 inputs[PLACES / 32];
         float squares = 0.0f;
         meet();
         take_scores(inputs);
         barrier_wait(s.norm_full + norm.stage, norm.parity);
-        int eight = 8 * warp;
+        int sixteen = 4 * warp;
+        // Neighbours' banks differ if of two rows odd lanes read the second first.
+        const int pair = lane / 4, odd = pair & 1;
+        const int first = (2 * pair + odd) * (PLACES / 8) + lane % 4, other = (odd ? -PLACES : PLACES) / 8;
 #pragma unroll 1
         for (int unit = 0; unit < span.end; unit += most) {
-            int eights = min(most, span.end - unit) / 4;
+            int sixteens = (min(most, span.end - unit) + 7) / 8, outputs = 2 * min(most, span.end - unit);
             await_slot();
-            const uint4* from = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + lane / 4 * (PLACES / 8) + lane % 4;
+            const uint4* from = (const uint4*)(s.ring + slot.stage * (SLOT / 2)) + first;
 #pragma unroll 1
-            for (; eight < eights; eight += 8 * WARPS) {
+            for (; sixteen < sixteens; sixteen += 4 * WARPS) {
                 float one = 0.0f, two = 0.0f;
-#pragma unroll 4
-                for (int i = 0; i < 8; i++) {
-                    // Beyond the last eight the sums mean nothing, and are not used.
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    // Beyond the last the sums mean nothing, and are not used.
                     float sums[4] = {};
+                    const uint4* rows = from + (sixteen + i) * 2 * PLACES;
 #pragma unroll
                     for (int j = 0; j < PLACES / 32; j++) {
-                        uint4 weights = from[(eight + i) * PLACES + 4 * j];
-                        multiply_tile(sums, inputs[j][0], weights.x, weights.y);
-                        multiply_tile(sums, inputs[j][1], weights.z, weights.w);
+                        uint4 a = rows[4 * j], b = rows[4 * j + other];
+                        multiply_tile(sums, make_uint4(a.x, b.x, a.y, b.y), inputs[j].x, inputs[j].y);
+                        multiply_tile(sums, make_uint4(a.z, b.z, a.w, b.w), inputs[j].z, inputs[j].w);
                     }
-                    one = lane / 4 == i ? sums[0] + sums[2] : one;
-                    two = lane / 4 == i ? sums[1] + sums[3] : two;
+                    bool mine = lane % 4 == i;
+                    one = mine ? sums[0] + sums[1] : one;
+                    two = mine ? sums[2] + sums[3] : two;
                 }
-                int at = 2 * unit + 8 * (eight + lane / 4) + lane % 4 * 2;
-                if (eight + lane / 4 < eights) squares += add_answers(at, one, two, of_residual);
+                int at = 16 * (sixteen + lane % 4) + 2 * pair;
+                if (at < outputs)
+                    squares += add_answers(2 * unit + at, odd ? two : one, odd ? one : two, of_residual);
             }
             // The next slot's go on with the next warp.
-            eight -= (eights + 7) / 8 * 8;
+            sixteen -= (sixteens + 3) / 4 * 4;
             slot_read();
         }
         s.squares[thread] = squares;
-        meet();
-        if (thread == 0) barrier_arrive(s.norm_empty + norm.stage);
-        norm.next<NORMS>();
     }
 #endif
 
@@ -1059,7 +1069,8 @@ struct Program : Place {
             }
 #endif
             const bool takes_middle = kind == GATE, normalises = kind % 2 == 0;
-            if (normalises && last != ANSWER)
+            if (last == ANSWER) normalised();
+            else if (normalises)
                 take_normalised(takes_middle ? words(layer, AT_MIDDLE) : stream, takes_middle ? epoch : of_stream);
             if (kind == END) take_hidden(words(layer, AT_HIDDEN));
             if (kind == MIDDLE) {

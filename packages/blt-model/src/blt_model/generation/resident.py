@@ -254,8 +254,8 @@ class Parts:
         if (self.patch is None) != (not self.crosses) or not all(fits(cache.config) for cache in self.caches):
             return False
         sizes = self.sizes()
-        # A slot has to hold what eight outputs take from a patch.
-        return sizes.slots >= 2 and sizes.slot >= 16 * padded(sizes.scores)
+        # A slot has to hold what sixteen outputs take from a patch.
+        return sizes.slots >= 2 and sizes.slot >= 32 * padded(sizes.scores)
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Of every block."""
@@ -305,7 +305,10 @@ class StackTables:
         patch = self.parts.patch
         reads = iter(() if patch is None else zip(patch.keys, patch.values, strict=True))
         for layer, block in enumerate(self.parts.blocks):
-            scores, answers = next(reads) if layer in self.parts.crosses else (None, None)
+            scores: Tensor | None = None
+            answers: Tensor | None = None
+            if layer in self.parts.crosses:
+                scores, answers = next(reads)
             # In the order in which they are multiplied, which is that of the kernel's kinds.
             maps = scores, answers, block.query_key_value, block.output, block.gate_value, block.feed_forward_output
             for kind, weight in enumerate(maps):
@@ -316,8 +319,8 @@ class StackTables:
                 each, extra = (units, 0) if is_shared else divmod(units, programs)
                 most = self.sizes.slot // (4 * inputs)
                 if weight is answers:
-                    # Its outputs are taken by eights.
-                    most -= most % 4
+                    # Its outputs are taken by sixteens.
+                    most -= most % 8
                 table[index] = (weight.data_ptr(), units, inputs, kind, each, extra, before, most, is_shared)
                 # The programs with a unit more are others in the next map.
                 index, before = index + 1, (before + extra) % programs

@@ -197,6 +197,9 @@ class BLTSession:
         self._stacks = self._resident_stacks() if self._is_fused else Stacks()
         self._programs = Programs.of(self.device, has_entropy_model=entropy_model is not None)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
+        self._lm_head = None
+        if entropy_model is not None and self._is_fused:
+            self._lm_head = fused.Head(Norm.of(entropy_model.norm), entropy_model.head.weight)
         self._numbers = StepNumbers(3, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
@@ -347,7 +350,9 @@ class BLTSession:
             return
         states = lm.step(tokens, plan)
         out = self._entropies if out is None else out
-        if self._is_fused:
+        if self._lm_head is not None and len(states) == 1:
+            self._lm_head.entropy(states, out)
+        elif self._is_fused:
             fused.put_entropies(states, lm.model, out)
         else:
             out[: len(tokens)] = next_byte_entropy(lm.model.wide_logits(states))
@@ -398,16 +403,22 @@ class BLTSession:
 
     def _decode(self, x: Tensor, plan: Plan) -> Tensor:
         """Logits [n, V] from byte states [n, dim]."""
-        if self._stacks.decoder is not None and isinstance(plan, fused.FusedStep):
-            x = self._stacks.decoder(x, plan.positions, plan.programs)
+        return self._logits_of(self._decoded(x, plan))
+
+    def _logits_of(self, x: Tensor) -> Tensor:
+        if self._is_fused:
             return fused.normed_linear(x, self._norm, self._head)
+        return F.linear(self._norm(x), self._head)
+
+    def _decoded(self, x: Tensor, plan: Plan) -> Tensor:
+        """The decoder's states [n, dim] from the encoder's."""
+        if self._stacks.decoder is not None and isinstance(plan, fused.FusedStep):
+            return self._stacks.decoder(x, plan.positions, plan.programs)
         for layer, block in enumerate(self._decoder_blocks):
             if layer in self._decoder_cross:
                 x = self._patch_steps.read(self._decoder_cross[layer], x)
             x = block(x, self._decoder, layer, plan)  # type: ignore[arg-type]  # blocks and plans are of one kind
-        if self._is_fused:
-            return fused.normed_linear(x, self._norm, self._head)
-        return F.linear(self._norm(x), self._head)
+        return x
 
     def _complete(self, rows: Ints) -> None:
         """Run the latent transformer for the rows whose open patch is complete."""

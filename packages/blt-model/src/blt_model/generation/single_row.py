@@ -36,7 +36,8 @@ _LOOKS = 1_000_000
 
 def _view(tensor: Tensor) -> Any:
     """The numbers of a tensor as a flat memoryview, which type checkers take to hold integers."""
-    return memoryview(tensor.numpy().ravel())
+    numbers: Any = tensor.numpy().ravel()
+    return memoryview(numbers)
 
 
 class SingleRowSession(BLTSession):
@@ -68,6 +69,8 @@ class SingleRowSession(BLTSession):
             # Of running ahead and of patches, for steps of even and odd positions: a token and its log-probability.
             # Nothing is a number before it has come.
             self._results = torch.zeros(2, 2, 2, dtype=torch.float64, pin_memory=pinned)
+            if self._is_fused:
+                self._one_head = fused.Head(self._norm, self._head)
             self._host_entropy = torch.full((1,), math.nan, dtype=torch.float32, pin_memory=pinned)
             # Views of the same memory, much quicker to read and write number by number: between an entropy and the
             # launch of what follows it the device may have nothing to do.
@@ -160,18 +163,18 @@ class SingleRowSession(BLTSession):
         if whole is None or x is None:
             plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
             self._states[:1] = self._encode(self._tokens, positions, open_lengths, plan)
-            logits = self._decode_row(positions, self._programs.model)
+            x = self._decoded_row(positions, self._programs.model)
         else:
             tap = Tap(self._states, self._patch_steps.open_bytes[0, 0], open_lengths)
             x = whole(x, positions, self._programs.model, tap)
-            logits = fused.normed_linear(x, self._norm, self._head)
-        chosen = self._choose(logits, self._uniform)
+        chosen = self._chosen(x)
+        # The other line has read the counters by then, and what it changes is there.
         fork.join()
         if lm is not None and lm.context_start is not None:
             lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
         if lm is not None and not self._is_fused:
             self._host_entropy.copy_(self._entropies[:1], non_blocking=True)
-        self._hand_over(*chosen, self._numbers.device.view(-1), self._results[0], before=0)
+        self._hand_over(x, chosen, self._numbers.device.view(-1), self._results[0], before=0)
 
     def _take_patch(self) -> None:
         """Run the latent transformer for the complete patch, and choose once more."""
@@ -193,19 +196,29 @@ class SingleRowSession(BLTSession):
             self._patch_steps.complete_one(self._row, step, longest, open_lengths)
         open_lengths.zero_()
         before = positions - 1
-        chosen = self._choose(self._decode_row(before, self._programs.all), self._uniform)
-        self._hand_over(*chosen, self._patch_position, self._results[1], before=1)
+        x = self._decoded_row(before, self._programs.all)
+        self._hand_over(x, self._chosen(x), self._patch_position, self._results[1], before=1)
 
-    def _decode_row(self, positions: Tensor, programs: int) -> Tensor:
-        """Logits [1, V] from the states that the encoder has left."""
+    def _decoded_row(self, positions: Tensor, programs: int) -> Tensor:
+        """The decoder's states [1, dim] from those that the encoder has left."""
         plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity, programs)
-        return self._decode(self._states, plan)
+        return self._decoded(self._states, plan)
+
+    def _chosen(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The next token and its log-probability after the decoder's states; None where handing over chooses."""
+        if self._is_fused and self._is_likeliest:
+            return None
+        return self._choose(self._logits_of(x), self._uniform)
 
     def _hand_over(
-        self, token: Tensor, log_probability: Tensor, counters: Tensor, result: Tensor, *, before: int
+        self, x: Tensor, chosen: tuple[Tensor, Tensor] | None, counters: Tensor, result: Tensor, *, before: int
     ) -> None:
         """Leave what was found for the next step and the host, and count up; for the position so many before."""
         place = self._numbers.device[0]
+        if chosen is None:
+            self._one_head.likeliest(x, self._tokens, counters, place, result, before=before)
+            return
+        token, log_probability = chosen
         if self._is_fused:
             fused.hand_over(token, log_probability, self._tokens, counters, place, result, before=before)
             return

@@ -126,6 +126,38 @@ def embed(
 
 
 @triton.jit
+def entropy_of(x, inside):
+    """Entropy of the distribution of some logits, with minus infinity where there are none."""
+    x -= tl.max(x, 0)
+    x -= tl.log(tl.sum(tl.exp(x), 0))
+    return -tl.sum(tl.where(inside, tl.exp(x) * x, 0.0), 0)
+
+
+@triton.jit
+def likeliest_of(x, v, first, end):
+    """The likeliest of tokens v and its log-probability, from logits with minus infinity where there are none."""
+    largest = tl.max(x, 0)
+    normaliser = largest + tl.log(tl.sum(tl.exp(x - largest), 0))
+    allowed = tl.where((v >= first) | (v == end), x, -float("inf"))
+    best = tl.max(allowed, 0)
+    return tl.argmax(allowed, 0).to(tl.int64), (best - normaliser).to(tl.float64)
+
+
+@triton.jit
+def put_step(
+    chosen, log_probability, tokens, counters, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr,
+):  # fmt: skip
+    """Leave what was chosen for the next step and the host."""
+    to = result + (tl.load(place) - BEFORE) % 2 * 2
+    tl.store(tokens, chosen)
+    tl.store(to, chosen.to(tl.float64))
+    tl.store(to + 1, log_probability)
+    n = tl.arange(0, BLOCK)
+    tl.store(counters + n, tl.load(counters + n, mask=n < COUNT, other=0) + 1, mask=n < COUNT)
+
+
+@triton.jit
 def _entropy(logits, out, vocabulary, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Of one row."""
     if DEPENDENT:
@@ -135,9 +167,7 @@ def _entropy(logits, out, vocabulary, BLOCK: tl.constexpr, DEPENDENT: tl.constex
     v = tl.arange(0, BLOCK)
     inside = v < vocabulary
     x = tl.load(logits + n * vocabulary + v, mask=inside, other=-float("inf")).to(tl.float32)
-    x -= tl.max(x, 0)
-    x -= tl.log(tl.sum(tl.exp(x), 0))
-    tl.store(out + n, -tl.sum(tl.where(inside, tl.exp(x) * x, 0.0), 0))
+    tl.store(out + n, entropy_of(x, inside))
 
 
 def entropy(logits: Tensor, out: Tensor) -> None:
@@ -161,12 +191,9 @@ def _likeliest(logits, token, log_probability, vocabulary, first, end, BLOCK: tl
     n = tl.program_id(0)
     v = tl.arange(0, BLOCK)
     x = tl.load(logits + n * vocabulary + v, mask=v < vocabulary, other=-float("inf")).to(tl.float32)
-    largest = tl.max(x, 0)
-    normaliser = largest + tl.log(tl.sum(tl.exp(x - largest), 0))
-    allowed = tl.where((v >= first) | (v == end), x, -float("inf"))
-    best = tl.max(allowed, 0)
-    tl.store(token + n, tl.argmax(allowed, 0).to(tl.int64))
-    tl.store(log_probability + n, (best - normaliser).to(tl.float64))
+    best, logarithm = likeliest_of(x, v, first, end)
+    tl.store(token + n, best)
+    tl.store(log_probability + n, logarithm)
 
 
 @triton.jit
@@ -178,13 +205,7 @@ def _hand_over(
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    chosen = tl.load(token)
-    to = result + (tl.load(place) - BEFORE) % 2 * 2
-    tl.store(tokens, chosen)
-    tl.store(to, chosen.to(tl.float64))
-    tl.store(to + 1, tl.load(log_probability))
-    n = tl.arange(0, BLOCK)
-    tl.store(counters + n, tl.load(counters + n, mask=n < COUNT, other=0) + 1, mask=n < COUNT)
+    put_step(tl.load(token), tl.load(log_probability), tokens, counters, place, result, COUNT, BLOCK, BEFORE)
 
 
 def hand_over(
