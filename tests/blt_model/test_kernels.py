@@ -139,7 +139,10 @@ def test_cross_attention(kernels: ModuleType, dtype: torch.dtype, seed: int) -> 
         module.to(dtype)
     layers = [CrossStep.of(module) for module in modules]
     vectors = random(3, 2, 64, dtype=dtype)
-    keys, values = fused.PatchKeys(layers)(vectors)
+    patch_keys = fused.PatchKeys(layers)
+    keys, values = patch_keys(vectors)
+    first = patch_keys.heads_of_one(vectors[:1])
+    assert error(first.permute(2, 1, 3, 0, 4)[:, :, None], torch.stack([keys, values])[:, :, :1]) < TOLERANCE[dtype]
     x = random(2, 64, dtype=dtype)
     for index, layer in enumerate(layers):
         key, value = layer.keys_values(vectors)
@@ -172,15 +175,47 @@ def test_a_step_is_handed_over(kernels: ModuleType, before: int) -> None:
     log_probability = torch.tensor([-1.25], dtype=torch.float64, device=DEVICE)
     tokens, counters = torch.tensor([3], device=DEVICE), torch.tensor([4, 5, 6], device=DEVICE)
     result = torch.full((2, 2), 7.0, dtype=torch.float64, pin_memory=DEVICE.type == "cuda")
-    for step, token in enumerate((77, 78)):
+    length = torch.tensor([9], device=DEVICE)
+    for step, (token, cleared) in enumerate(((77, None), (78, length))):
         taken = torch.tensor([token], device=DEVICE)
-        fused.hand_over(taken, log_probability, tokens, counters, counters[:1], result, before=before)
+        fused.hand_over(taken, log_probability, tokens, counters, counters[:1], result, before=before, cleared=cleared)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         assert tokens.tolist() == [token]
         assert counters.tolist() == [5 + step, 6 + step, 7 + step]
+        assert length.tolist() == [0 if step else 9]
         assert result[(step + before) % 2].tolist() == [token, -1.25]
     assert result[before].tolist() == [77.0, -1.25]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocabulary", "dim"), [(260, 64), (7, 32)])
+def test_a_head_chooses(kernels: ModuleType, vocabulary: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+    """Logits, and what is made of them by the program that is the last to end, at every launch anew."""
+    torch.manual_seed(seed)
+    norm, weight = Norm(random(dim, dtype=dtype), 1e-5), random(vocabulary, dim, dtype=dtype)
+    head = fused.Head(norm, weight)
+    tokens, counters = torch.tensor([3], device=DEVICE), torch.tensor([4, 5], device=DEVICE)
+    length, entropy = torch.tensor([9], device=DEVICE), torch.zeros(2, device=DEVICE)
+    result = torch.full((2, 2), torch.nan, dtype=torch.float64, pin_memory=DEVICE.type == "cuda")
+    for step in range(3):
+        x = random(1, dim, dtype=dtype) / 4
+        logits = F.rms_norm(x.double(), (dim,), norm.weight.double(), 1e-5) @ weight.double().T
+        head.entropy(x, entropy)
+        head.likeliest(x, tokens, counters, counters[:1], result, before=1, cleared=length if step == 2 else None)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        assert abs(float(entropy[0]) - float(next_byte_entropy(logits))) < TOLERANCE[dtype]
+        allowed = torch.log_softmax(logits, dim=-1)[0].cpu()
+        allowed[[0, 1, 3]] = -torch.inf
+        chosen, log_probability = result[(3 + step) % 2].tolist()
+        assert tokens.tolist() == [int(chosen)]
+        assert abs(float(allowed[int(chosen)]) - log_probability) < TOLERANCE[dtype]
+        # The likeliest but for what rounding decides.
+        assert float(allowed.amax() - allowed[int(chosen)]) < TOLERANCE[dtype]
+        assert counters.tolist() == [5 + step, 6 + step]
+        assert length.tolist() == [9 if step < 2 else 0]
+    assert entropy[1] == 0
 
 
 @pytest.mark.skipif(CUDA, reason="compares bytes, which half precision leaves to rounding")
@@ -210,6 +245,23 @@ def test_a_text_runs_ahead(kernels: ModuleType, seed: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 64), (2, 40, 96), (16, 33, 32)])
+def test_normed_rows(kernels: ModuleType, rows: int, outputs: int, inputs: int, dtype: torch.dtype, seed: int) -> None:
+    from blt_model.generation import few_rows_kernels
+
+    torch.manual_seed(seed)
+    x, weight, norm = (
+        3 * random(rows, inputs, dtype=dtype),
+        random(outputs, inputs, dtype=dtype),
+        random(inputs, dtype=dtype),
+    )
+    for scales in (norm, None):
+        wide = None if scales is None else scales.double()
+        wanted = F.rms_norm(x.double(), (inputs,), wide, 1e-5) @ weight.double().T
+        assert error(few_rows_kernels.normed_rows(x, weight, 1e-5, scales), wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "vectors"), [(4, 3), (2, 1), (4, 16)])
 def test_readers_weights_are_absorbed(
     kernels: ModuleType, heads: int, vectors: int, dtype: torch.dtype, seed: int
@@ -231,8 +283,8 @@ def test_readers_weights_are_absorbed(
         )
         for _ in range(2)
     ]
-    of_patch, weights = random(2, 1, vectors, 2, heads, width, dtype=dtype), absorbed_weights(crosses)
-    keys, values = of_patch.permute(3, 0, 1, 4, 2, 5).unbind(0)
+    of_patch, weights = random(vectors, 2, 2, heads, width, dtype=dtype), absorbed_weights(crosses)
+    keys, values = of_patch.permute(2, 1, 3, 0, 4)[:, :, None].unbind(0)
     patch = AbsorbedPatch.empty(weights, vectors)
     patch_kernels.absorb(of_patch, weights, patch)
     assert patch.keys.shape[1] % 32 == 0

@@ -71,7 +71,7 @@ class Problem:
             numbers = torch.randn(2, *shape, device=cache.keys.device).to(cache.keys.dtype)
             patch = numbers[0], numbers[1]
             absorption = fused.Absorption(list(crosses.values()), vectors)
-            absorption(numbers.permute(1, 2, 4, 0, 3, 5).contiguous())
+            absorption(numbers[:, :, 0].permute(3, 1, 0, 2, 4).contiguous())
             absorbed = absorption.patch
         x = torch.randn(1, config.dim, device=cache.keys.device).to(cache.keys.dtype)
         stack = ResidentStack(Parts(blocks=blocks, caches=[cache], crosses=crosses, patch=absorbed))

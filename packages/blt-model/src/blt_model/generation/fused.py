@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -46,6 +47,14 @@ def _linear_kernels() -> ModuleType:
     from blt_model.generation import linear_kernels
 
     return linear_kernels
+
+
+@functools.cache
+def _few_rows_kernels() -> ModuleType:
+    """The kernel of linear maps of a few rows; loading it loads triton."""
+    from blt_model.generation import few_rows_kernels
+
+    return few_rows_kernels
 
 
 @functools.cache
@@ -145,10 +154,19 @@ class Head:
         self._kernels.entropy(x, out)
 
     def likeliest(
-        self, x: Tensor, tokens: Tensor, counters: Tensor, place: Tensor, result: Tensor, *, before: int
+        self, x: Tensor, tokens: Tensor, counters: Tensor, place: Tensor, result: Tensor, **options: Any
     ) -> None:
         """Choose the likeliest byte or EOS after states [1, dim], and hand it over as `hand_over` does."""
-        self._kernels.likeliest(x, tokens, counters, place, result, first=BYTE_OFFSET, end=EOS_ID, before=before)
+        self._kernels.likeliest(x, tokens, counters, place, result, first=BYTE_OFFSET, end=EOS_ID, **options)
+
+
+def _normed_rows(x: Tensor, weight: Tensor, eps: float, scales: Tensor | None) -> Tensor:
+    """A linear map [n, N] of normalised rows [n, K], by one kernel where there are few."""
+    kernels = _few_rows_kernels()
+    if len(x) > kernels.MOST_ROWS:
+        return F.linear(F.rms_norm(x, x.shape[1:], scales, eps), weight)
+    result: Tensor = kernels.normed_rows(x, weight, eps, scales)
+    return result
 
 
 def mapped(x: Tensor, weight: Tensor) -> Tensor:
@@ -222,6 +240,12 @@ class PatchKeys:
         heads = torch.matmul(flat, self._weight.transpose(1, 2))
         return heads.view(len(heads), count, each, 2, -1, self._width)
 
+    def heads_of_one(self, vectors: Tensor) -> Tensor:
+        """The same of one patch [1, K, dim], as [K, L, 2, H, E]."""
+        _, each, dim = vectors.shape
+        heads = _normed_rows(vectors.view(each, dim), self._weight.view(-1, dim), self._eps, None)
+        return heads.view(each, len(self._weight), 2, -1, self._width)
+
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
         key, value = self.heads(vectors).permute(3, 0, 1, 4, 2, 5).unbind(0)
@@ -237,7 +261,7 @@ class Absorption:
         self.patch = AbsorbedPatch.empty(self._weights, vectors)
 
     def __call__(self, heads: Tensor) -> None:
-        """Take a patch's keys and values [L, 1, K, 2, H, E], contiguous."""
+        """Take a patch's keys and values [K, L, 2, H, E], contiguous."""
         _patch_kernels().absorb(heads, self._weights, self.patch)
 
 
@@ -254,17 +278,17 @@ def hand_over(
     counters: Tensor,
     place: Tensor,
     result: Tensor,
-    *,
-    before: int = 0,
+    **options: Any,
 ) -> None:
     """Leave what a step has found for the next one and the host; see `token_kernels.hand_over`."""
-    _token_kernels().hand_over(token, log_probability, tokens, counters, place, result, before=before)
+    _token_kernels().hand_over(token, log_probability, tokens, counters, place, result, **options)
 
 
 def patch_vectors(cross: CrossStep, vectors: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
     """Let a patch's vectors [K, dim] read its bytes, the first int64 [1] of [S, dim]; see `CrossStep`."""
-    query = F.linear(cross.query_norm(vectors), cross.query)
-    heads = F.linear(cross.key_norm(states), cross.key_value)
+    # Keys and values wait for the bytes alone; the vectors are made of them.
+    heads = _normed_rows(states, cross.key_value, cross.key_norm.eps, cross.key_norm.weight)
+    query = _normed_rows(vectors, cross.query, cross.query_norm.eps, cross.query_norm.weight)
     mixed = _patch_kernels().read_bytes(query, heads, lengths, cross.head_dim)
     result: Tensor = _linear_kernels().linear(mixed, cross.output, residual=vectors, residual_scale=cross.residual)
     return result

@@ -56,10 +56,10 @@ def _entropy_after(
 
 @triton.jit
 def _likeliest_after(
-    x, weight, norm, logits, arrived, outputs, eps, tokens, counters, place, result, first, end, kind: tl.constexpr,
-    WORDS: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr, BEFORE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    x, weight, norm, logits, arrived, outputs, eps, tokens, counters, cleared, place, result, first, end,
+    kind: tl.constexpr, WORDS: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr, BEFORE: tl.constexpr,
+    CLEARS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some logits, and of the last program the choice."""
     if _is_last(
@@ -68,7 +68,7 @@ def _likeliest_after(
         v = tl.arange(0, BLOCK)
         scores = tl.load(logits + v, mask=v < outputs, other=-float("inf"), volatile=True)
         chosen, log_probability = likeliest_of(scores, v, first, end)
-        put_step(chosen, log_probability, tokens, counters, place, result, COUNT, ROOM, BEFORE)
+        put_step(chosen, log_probability, tokens, counters, cleared, place, result, COUNT, ROOM, BEFORE, CLEARS)
 
 
 class Head:
@@ -123,6 +123,7 @@ class Head:
     def likeliest(
         self, x: Tensor, tokens: Tensor, counters: Tensor, place: Tensor, result: Tensor, *, first: int, end: int,
         before: int,
+        cleared: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Choose the likeliest token after a row and hand it over.
 
@@ -135,6 +136,7 @@ class Head:
             first: tokens from here on may be chosen,
             end: and this one.
             before: see there.
+            cleared: see there.
         """
         count = counters.numel()
         self._launch(
@@ -142,6 +144,7 @@ class Head:
             x,
             tokens,
             counters,
+            counters if cleared is None else cleared,
             place,
             result,
             first,
@@ -149,4 +152,5 @@ class Head:
             COUNT=count,
             ROOM=triton.next_power_of_2(count),
             BEFORE=before,
+            CLEARS=cleared is not None,
         )

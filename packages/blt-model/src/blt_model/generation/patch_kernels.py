@@ -106,10 +106,6 @@ def read_bytes(query: Tensor, heads: Tensor, lengths: Tensor, width: int) -> Ten
     return out
 
 
-ABSORBED_WORDS = 32
-"""Of a row of weights, that a program of one warp takes."""
-
-
 @triton.jit
 def _absorb(
     heads, weights, to_keys, to_values, dim, scale, LAYERS: tl.constexpr, HEADS: tl.constexpr,
@@ -132,7 +128,7 @@ def _absorb(
     low, high = numbers(tile, kind)
     for vector in tl.static_range(VECTORS):
         score = head * VECTORS + vector
-        row = tl.load(heads + (((layer * VECTORS + vector) * 2 + which) * HEADS + head) * WIDTH + e)
+        row = tl.load(heads + (((vector * LAYERS + layer) * 2 + which) * HEADS + head) * WIDTH + e)
         row = row.to(tl.float32)[:, None]
         low_sum, high_sum = tl.sum(low * row, 0), tl.sum(high * row, 0)
         if which == 0:
@@ -151,14 +147,14 @@ def absorb(heads: Tensor, weights: Tensor, patch: AbsorbedPatch) -> None:
     """Multiply the readers' weights into the keys and values of the one patch; see `absorbed`.
 
     Args:
-        heads: [L, 1, K, 2, H, E] contiguous, keys before values.
+        heads: [K, L, 2, H, E] contiguous, keys before values.
         weights: [2, L, H, E, dim] what `absorbed_weights` gives.
         patch: takes the result.
     """
     _, layers, count, width, dim = weights.shape
     held = 4 // weights.element_size()
     # One warp sums over a head's width by itself.
-    block = ABSORBED_WORDS
+    block = 32
     _absorb[(layers * count, triton.cdiv(dim // held, block), 2)](
         heads,
         weights.view(torch.int32),

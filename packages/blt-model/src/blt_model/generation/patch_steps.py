@@ -143,7 +143,7 @@ class PatchSteps:
             projected = fused.mapped(latents, self._decoder_projection)
             vectors = projected.view(len(latents), self._config.cross_attention.k, -1)
             if self._absorption is not None:
-                self._absorption(self._patch_keys.heads(vectors))
+                self._absorption(self._patch_keys.heads_of_one(vectors))
                 return
             keys, values = self._patch_keys(vectors)
             self.keys.index_copy_(1, rows, keys)

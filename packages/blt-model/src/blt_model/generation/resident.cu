@@ -102,6 +102,9 @@ __device__ __forceinline__ void store_word(u32* at, u32 word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(word) : "memory");
 }
 __device__ __forceinline__ void rest() { __nanosleep(40); }
+// A launch may begin before the kernel that it follows has ended, and lets the next one begin before it has.
+__device__ __forceinline__ void await_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void begin_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
 __device__ __forceinline__ void barrier_begin(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -409,13 +412,20 @@ struct Supplier : Place {
         norms.next<NORMS>();
     }
 
-    __device__ __forceinline__ void run() {
+    // What may be ordered before the kernel that this one follows has ended: weights, but for those of a patch.
+    __device__ __forceinline__ void begin() {
         once = once_policy();
         kept = kept_policy();
         item = block = norm = flying = 0;
         map = -1;
         unit = end = 0;
         while (map < MAPS && unit >= end) next_map();
+#pragma unroll 1
+        for (int i = 0; i < (IN_FLIGHT > 0 ? IN_FLIGHT : SLOTS) && map < MAPS && !s.maps[map].shared; i++) order_slot();
+    }
+
+    __device__ __forceinline__ void run(const Place& place) {
+        (Place&)*this = place;
         layer = LAYERS;
         if (cta < HEADS * SPLITS) {
             item = cta;
@@ -1058,7 +1068,10 @@ struct Program : Place {
         for (int index = 0; index < MAPS; index++) {
             const Map& map = s.maps[index];
             const int kind = map.kind;
-            if (last == END) epoch = epoch_of(++layer);
+            if (last == END) {
+                epoch = epoch_of(++layer);
+                if (layer == LAYERS - 1) begin_next_kernel();
+            }
             prepare(map, layer);
 #if SCORES > 0
             if (kind == ANSWER) {
@@ -1107,15 +1120,10 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     place.lane = threadIdx.x % 32;
     place.cta = blockIdx.x;
     place.ctas = gridDim.x;
-    place.capacity = capacity;
-    place.position = (int)*position;
-    place.written = place.position % capacity;
-    place.held = min(place.position + 1, capacity);
 #pragma unroll 1
     for (int i = place.thread; i < MAPS; i += THREADS + 32) s.maps[i] = maps[i];
 #pragma unroll 1
     for (int i = place.thread; i < LAYERS; i += THREADS + 32) s.layers[i] = layers[i];
-    if (place.thread < WIDTH) s.angles[place.thread] = rotary[place.position * WIDTH + place.thread];
     if (place.thread == 0) {
 #pragma unroll 1
         for (int i = 0; i < SLOTS; i++) barrier_begin(s.full + i, 1), barrier_begin(s.empty + i, WARPS);
@@ -1125,10 +1133,19 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
         for (int i = 0; i < NORMS; i++) barrier_begin(s.norm_full + i, 1), barrier_begin(s.norm_empty + i, 1);
         barriers_begun();
     }
+    __syncthreads();
+    Supplier supplier(s, place);
+    if (place.warp == WARPS && place.lane == 0) supplier.begin();
+    await_kernel();
     const u32 launches = *(volatile u32*)state;
+    place.capacity = capacity;
+    place.position = (int)*position;
+    place.written = place.position % capacity;
+    place.held = min(place.position + 1, capacity);
+    if (place.thread < WIDTH) s.angles[place.thread] = rotary[place.position * WIDTH + place.thread];
     __syncthreads();
     if (place.warp == WARPS) {
-        if (place.lane == 0) Supplier(s, place).run();
+        if (place.lane == 0) supplier.run(place);
         return;
     }
     Program p(s, place);

@@ -191,13 +191,12 @@ class SingleRowSession(BLTSession):
     def _again(self, longest: int | None) -> None:
         """Do what a complete patch changes; its length's next power of two is None if it has been run."""
         positions, open_lengths, _ = self._numbers.device
+        before = positions - 1
         if longest is not None:
             step = fused.FusedStep(self._patch_position, self._row)
             self._patch_steps.complete_one(self._row, step, longest, open_lengths)
-        open_lengths.zero_()
-        before = positions - 1
         x = self._decoded_row(before, self._programs.all)
-        self._hand_over(x, self._chosen(x), self._patch_position, self._results[1], before=1)
+        self._hand_over(x, self._chosen(x), self._patch_position, self._results[1], before=1, cleared=open_lengths)
 
     def _decoded_row(self, positions: Tensor, programs: int) -> Tensor:
         """The decoder's states [1, dim] from those that the encoder has left."""
@@ -211,17 +210,28 @@ class SingleRowSession(BLTSession):
         return self._choose(self._logits_of(x), self._uniform)
 
     def _hand_over(
-        self, x: Tensor, chosen: tuple[Tensor, Tensor] | None, counters: Tensor, result: Tensor, *, before: int
+        self,
+        x: Tensor,
+        chosen: tuple[Tensor, Tensor] | None,
+        counters: Tensor,
+        result: Tensor,
+        *,
+        before: int,
+        cleared: Tensor | None = None,
     ) -> None:
         """Leave what was found for the next step and the host, and count up; for the position so many before."""
         place = self._numbers.device[0]
         if chosen is None:
-            self._one_head.likeliest(x, self._tokens, counters, place, result, before=before)
+            self._one_head.likeliest(x, self._tokens, counters, place, result, before=before, cleared=cleared)
             return
         token, log_probability = chosen
         if self._is_fused:
-            fused.hand_over(token, log_probability, self._tokens, counters, place, result, before=before)
+            fused.hand_over(
+                token, log_probability, self._tokens, counters, place, result, before=before, cleared=cleared
+            )
             return
+        if cleared is not None:
+            cleared.zero_()
         # As the place is known to the device alone, both halves take what was found.
         for half in result:
             half[:1].copy_(token, non_blocking=True)

@@ -145,10 +145,12 @@ def likeliest_of(x, v, first, end):
 
 @triton.jit
 def put_step(
-    chosen, log_probability, tokens, counters, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    BEFORE: tl.constexpr,
+    chosen, log_probability, tokens, counters, cleared, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr, CLEARS: tl.constexpr,
 ):  # fmt: skip
     """Leave what was chosen for the next step and the host."""
+    if CLEARS:
+        tl.store(cleared, 0)
     to = result + (tl.load(place) - BEFORE) % 2 * 2
     tl.store(tokens, chosen)
     tl.store(to, chosen.to(tl.float64))
@@ -198,14 +200,15 @@ def _likeliest(logits, token, log_probability, vocabulary, first, end, BLOCK: tl
 
 @triton.jit
 def _hand_over(
-    token, log_probability, tokens, counters, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    BEFORE: tl.constexpr, DEPENDENT: tl.constexpr,
+    token, log_probability, tokens, counters, cleared, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr, CLEARS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The one row."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    put_step(tl.load(token), tl.load(log_probability), tokens, counters, place, result, COUNT, BLOCK, BEFORE)
+    chosen, logarithm = tl.load(token), tl.load(log_probability)
+    put_step(chosen, logarithm, tokens, counters, cleared, place, result, COUNT, BLOCK, BEFORE, CLEARS)
 
 
 def hand_over(
@@ -217,6 +220,7 @@ def hand_over(
     result: Tensor,
     *,
     before: int = 0,
+    cleared: Tensor | None = None,
 ) -> None:
     """Leave what a step of one row has found where the next step and the host look for it.
 
@@ -229,17 +233,20 @@ def hand_over(
             one of the counters, and is read before they are counted up.
         result: float64 [2, 2], contiguous; may be pinned memory of the host.
         before: to subtract from the place.
+        cleared: int64 [1] that is nought afterwards; None for none.
     """
     _hand_over[(1,)](
         token,
         log_probability,
         tokens,
         counters,
+        counters if cleared is None else cleared,
         place,
         result,
         COUNT=counters.numel(),
         BLOCK=triton.next_power_of_2(counters.numel()),
         BEFORE=before,
+        CLEARS=cleared is not None,
         **dependence(),
         num_warps=1,
     )
