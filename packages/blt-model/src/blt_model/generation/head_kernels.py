@@ -58,8 +58,8 @@ def _entropy_after(
 def _likeliest_after(
     x, weight, norm, logits, arrived, outputs, eps, tokens, counters, cleared, place, result, first, end,
     kind: tl.constexpr, WORDS: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr, BEFORE: tl.constexpr,
-    CLEARS: tl.constexpr, DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr,
+    BEFORE: tl.constexpr, CLEARS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some logits, and of the last program the choice."""
     if _is_last(

@@ -29,6 +29,7 @@ def _embed(
     offset,
     dim,
     TABLES: tl.constexpr,
+    ROOM: tl.constexpr,
     LONGEST: tl.constexpr,
     HISTORY: tl.constexpr,
     OMIT: tl.constexpr,
@@ -36,29 +37,32 @@ def _embed(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """All of one row: its history moves on by the new token, and the rows of the tables are summed."""
+    """All of one row: its history moves on by the new token, and the rows of the tables are summed, read at once."""
+    back, index = tl.arange(0, HISTORY), tl.arange(0, ROOM)
+    inside, present = back < LONGEST, index < TABLES
+    # These depend on no other kernel.
+    factors = tl.load(
+        powers + back[:, None] * TABLES + index[None, :], mask=inside[:, None] & present[None, :], other=0
+    )
+    if OMIT:
+        least = tl.load(sizes + index, mask=present, other=0)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     n = tl.program_id(0)
     token = tl.load(tokens + n)
-    back = tl.arange(0, HISTORY)
-    inside = back < LONGEST
     older = tl.load(symbols + n * LONGEST + back - 1, mask=inside & (back > 0), other=0)
     newest = tl.where(back == 0, token - offset, older)
+    hashed = tl.sum(newest[:, None] * factors, 0) % table_size
+    hashed = tl.where(hashed < 0, hashed + table_size, hashed)
+    if OMIT:
+        present = present & (tl.load(positions + n) + 1 >= least)
     columns = tl.arange(0, BLOCK)
     kept = columns < dim
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for index in tl.static_range(TABLES):
-        factors = tl.load(powers + back * TABLES + index, mask=inside, other=0)
-        hashed = tl.sum(newest * factors, 0) % table_size
-        hashed = tl.where(hashed < 0, hashed + table_size, hashed)
-        row = tl.load(table + (hashed + index * table_size) * dim + columns, mask=kept, other=0.0).to(tl.float32)
-        if OMIT:
-            whole = tl.load(positions + n) + 1 >= tl.load(sizes + index)
-            row = tl.where(whole, row, 0.0)
-        total += row
-    total += tl.load(bytes_table + token * dim + columns, mask=kept, other=0.0).to(tl.float32)
+    at = table + (hashed + index * table_size)[:, None] * dim + columns[None, :]
+    rows = tl.load(at, mask=present[:, None] & kept[None, :], other=0.0)
+    own = tl.load(bytes_table + token * dim + columns, mask=kept, other=0.0)
+    total = tl.sum(rows.to(tl.float32), 0) + own.to(tl.float32)
     if AVERAGE:
         total /= 1 + TABLES
     tl.store(out + n * dim + columns, total.to(out.dtype.element_ty), mask=kept)
@@ -114,13 +118,14 @@ def embed(
         offset,
         table.shape[1],
         TABLES=tables,
+        ROOM=triton.next_power_of_2(tables),
         LONGEST=longest,
         HISTORY=triton.next_power_of_2(longest),
         OMIT=omit_partial,
         AVERAGE=average,
         BLOCK=triton.next_power_of_2(table.shape[1]),
         **dependence(),
-        num_warps=4,
+        num_warps=16,
     )
     return out
 
