@@ -141,7 +141,7 @@ def test_cross_attention(kernels: ModuleType, dtype: torch.dtype, seed: int) -> 
     vectors = random(3, 2, 64, dtype=dtype)
     patch_keys = fused.PatchKeys(layers)
     keys, values = patch_keys(vectors)
-    first = patch_keys.heads_of_one(vectors[:1])
+    first = patch_keys.of_one(vectors[0])
     assert error(first.permute(2, 1, 3, 0, 4)[:, :, None], torch.stack([keys, values])[:, :, :1]) < TOLERANCE[dtype]
     x = random(2, 64, dtype=dtype)
     for index, layer in enumerate(layers):
@@ -242,23 +242,6 @@ def test_a_text_runs_ahead(kernels: ModuleType, seed: int, monkeypatch: pytest.M
     monkeypatch.setattr(fused, "available", lambda model: True)
     assert generate() == wanted
     assert wanted[0] == wanted[-1]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 64), (2, 40, 96), (16, 33, 32)])
-def test_normed_rows(kernels: ModuleType, rows: int, outputs: int, inputs: int, dtype: torch.dtype, seed: int) -> None:
-    from blt_model.generation import few_rows_kernels
-
-    torch.manual_seed(seed)
-    x, weight, norm = (
-        3 * random(rows, inputs, dtype=dtype),
-        random(outputs, inputs, dtype=dtype),
-        random(inputs, dtype=dtype),
-    )
-    for scales in (norm, None):
-        wide = None if scales is None else scales.double()
-        wanted = F.rms_norm(x.double(), (inputs,), wide, 1e-5) @ weight.double().T
-        assert error(few_rows_kernels.normed_rows(x, weight, 1e-5, scales), wanted) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

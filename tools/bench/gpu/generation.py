@@ -7,7 +7,9 @@
 `blt-1b` with `entropy-100m`, random weights in bfloat16, patches of four bytes, CUDA graphs. The floor is the weights
 that must be read for one byte (entropy model, encoder, decoder; latent transformer and all that happens once a patch
 divided by the patch length) and the keys and values that attention must read, over the bandwidth of a large copy
-measured here. Steps only: the prompt's own forward is reported apart. The last line is JSON.
+measured here. With one text the queries and outputs with which the decoder reads a patch are needed once a patch (see
+`blt_model.generation.absorbed`); *of_plain_floor* counts them for every byte. Steps only: the prompt's own forward is
+reported apart. The last line is JSON.
 
 With `--profile` it prints the kernels of one case instead, by torch's profiler, in microseconds a byte.
 """
@@ -50,23 +52,33 @@ def cache_bytes(config: TransformerConfig, length: float) -> float:
     return 2 * 2 * config.num_layers * held * config.kv_heads * config.head_dim
 
 
-def floor_bytes(model: BLT, lm: ByteLM, rows: int, context: float) -> float:
+def floor_bytes(model: BLT, lm: ByteLM, rows: int, context: float, *, absorbs: bool) -> float:
     """Bytes that a step must read: a byte for every row, with one row in PATCH_LENGTH completing a patch.
 
     Rows share the weights; the latent transformer's are read whenever any row completes a patch, and rows of equal
     prompts complete theirs together.
+
+    Args:
+        model: with its
+        lm: entropy model.
+        rows: texts at once.
+        context: bytes before the new one.
+        absorbs: the weights of the decoder's queries and outputs are multiplied into a patch's keys and values.
     """
     config = model.config
-    cross = list(model.decoder.cross_attention.values())
+    cross: list[Any] = list(model.decoder.cross_attention.values())
     # Keys and values of patches are made once a patch, queries and outputs for every byte.
-    once = bytes_of(*(layer.key_value for layer in cross), model.decoder.patch_projection)  # type: ignore[arg-type]
+    once, absorbed = bytes_of(*(layer.key_value for layer in cross), model.decoder.patch_projection), 0
+    if absorbs:
+        once += bytes_of(*(layer.query for layer in cross), *(layer.output for layer in cross))
+        absorbed = len(cross) * 2 * 2 * config.cross_attention.num_heads * config.cross_attention.k * config.decoder.dim
     per_patch = once + bytes_of(model.latent, model.encoder.patch_projection, model.encoder.cross_attention)
     per_byte = bytes_of(lm.blocks, lm.head, model.encoder.blocks, model.decoder) - once
     hashes = config.hash_embedding.num_tables * config.encoder.dim * 2
     caches = cache_bytes(lm.config.transformer, context)
     caches += cache_bytes(config.encoder, context) + cache_bytes(config.decoder, context)
     caches += cache_bytes(config.latent, context / PATCH_LENGTH) / PATCH_LENGTH
-    return per_byte + per_patch / PATCH_LENGTH + rows * (caches + hashes)
+    return per_byte + per_patch / PATCH_LENGTH + rows * (caches + hashes + absorbed)
 
 
 def make_models(run: Settings) -> tuple[BLT, ByteLM]:
@@ -136,13 +148,17 @@ def measure(model: BLT, lm: ByteLM, rows: int, prompt_bytes: int, run: Settings,
         elif count > warm * rows and count % rows == 0:
             seconds, measured = time.perf_counter() - started, count - warm * rows
     step = seconds / (measured / rows)
-    floor = floor_bytes(model, lm, rows, prompt_bytes + new_bytes / 2) / bandwidth
+    floor, plain_floor = (
+        floor_bytes(model, lm, rows, prompt_bytes + new_bytes / 2, absorbs=absorbs) / bandwidth
+        for absorbs in (rows == 1, False)
+    )
     return {
         "case": f"rows{rows}/context{prompt_bytes}",
         "bytes/s": measured / seconds,
         "ms/step": 1e3 * step,
         "floor_ms": 1e3 * floor,
         "of_floor": floor / step,
+        "of_plain_floor": plain_floor / step,
         "first_byte_s": prefill,
     }
 

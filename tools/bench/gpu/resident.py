@@ -168,7 +168,7 @@ def stamps(stacks: dict[str, Problem], run: Settings, programs: Programs) -> lis
     return rows
 
 
-def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything: int) -> list[Row]:
+def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, programs: Programs) -> list[Row]:
     """Times of all manners, the quickest first."""
     ways = [
         resident.Manner(slot=slot, in_flight=in_flight)
@@ -202,13 +202,14 @@ def tune(stacks: dict[str, Problem], run: Settings, bandwidth: float, everything
     size = stacks["entropy"].bytes + stacks["decoder"].bytes
     for manner in ways:
         measure("latent", manner, stacks["latent"].bytes, lambda: stacks["latent"].resident(at["latent"]))
-        measure("beside/58", manner, size, partial(beside, stacks, run, at, (58, everything - 58)))
-    for own in range(44, 76, 4):
+        usual = programs.entropy_model, programs.model
+        measure("beside", manner, size, partial(beside, stacks, run, at, usual))
+    for own in range(44, 69, 4):
         measure(
             f"beside/{own} of the best",
-            best("beside/58"),
+            best("beside"),
             size,
-            partial(beside, stacks, run, at, (own, everything - own)),
+            partial(beside, stacks, run, at, (own, programs.model)),
         )
     best("latent")
     return rows
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         stacks, programs = problems(run)
         if "tune" in run.switches:
-            report("resident_tune", run, tune(stacks, run, bandwidth, programs.all), copy_bandwidth=bandwidth)
+            report("resident_tune", run, tune(stacks, run, bandwidth, programs), copy_bandwidth=bandwidth)
             return
         if "stamps" in run.switches:
             report("resident_stamps", run, stamps(stacks, run, programs), copy_bandwidth=bandwidth)
@@ -279,8 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             decoder.one_by_one(at_first["decoder"])
             fork.join()
 
-        for own in (own for own in sorted({programs.entropy_model, *range(40, 81, 8)}) if run.wants(f"beside/{own}")):
-            together = partial(beside, stacks, run, at_first, (own, programs.all - own))
+        for own in (own for own in sorted({programs.entropy_model, *range(44, 69, 4)}) if run.wants(f"beside/{own}")):
+            together = partial(beside, stacks, run, at_first, (own, programs.model))
             rows.append(figures(f"beside/{own}", together, apart, lm.bytes + decoder.bytes, run, bandwidth))
     report("resident", run, rows, copy_bandwidth=bandwidth, programs=programs.entropy_model)
     if not all(row["ok"] for row in rows):

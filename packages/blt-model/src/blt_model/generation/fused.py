@@ -50,14 +50,6 @@ def _linear_kernels() -> ModuleType:
 
 
 @functools.cache
-def _few_rows_kernels() -> ModuleType:
-    """The kernel of linear maps of a few rows; loading it loads triton."""
-    from blt_model.generation import few_rows_kernels
-
-    return few_rows_kernels
-
-
-@functools.cache
 def _head_kernels() -> ModuleType:
     """The kernels of heads; loading them loads triton."""
     from blt_model.generation import head_kernels
@@ -160,15 +152,6 @@ class Head:
         self._kernels.likeliest(x, tokens, counters, place, result, first=BYTE_OFFSET, end=EOS_ID, **options)
 
 
-def _normed_rows(x: Tensor, weight: Tensor, eps: float, scales: Tensor | None) -> Tensor:
-    """A linear map [n, N] of normalised rows [n, K], by one kernel where there are few."""
-    kernels = _few_rows_kernels()
-    if len(x) > kernels.MOST_ROWS:
-        return F.linear(F.rms_norm(x, x.shape[1:], scales, eps), weight)
-    result: Tensor = kernels.normed_rows(x, weight, eps, scales)
-    return result
-
-
 def mapped(x: Tensor, weight: Tensor) -> Tensor:
     """A linear map [n, N] of rows [n, K]."""
     result: Tensor = _linear_kernels().linear(x, weight)
@@ -233,23 +216,18 @@ class PatchKeys:
         self._eps = layers[0].key_norm.eps
         self._width = layers[0].head_dim
 
-    def heads(self, vectors: Tensor) -> Tensor:
-        """Keys, and after them values, [L, m, K, 2, H, E], contiguous, of vectors [m, K, dim]."""
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
         count, each, dim = vectors.shape
         flat = F.rms_norm(vectors, (dim,), None, self._eps).view(1, -1, dim)
         heads = torch.matmul(flat, self._weight.transpose(1, 2))
-        return heads.view(len(heads), count, each, 2, -1, self._width)
-
-    def heads_of_one(self, vectors: Tensor) -> Tensor:
-        """The same of one patch [1, K, dim], as [K, L, 2, H, E]."""
-        _, each, dim = vectors.shape
-        heads = _normed_rows(vectors.view(each, dim), self._weight.view(-1, dim), self._eps, None)
-        return heads.view(each, len(self._weight), 2, -1, self._width)
-
-    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [L, m, H, K, E] of vectors [m, K, dim]."""
-        key, value = self.heads(vectors).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        key, value = heads.view(len(heads), count, each, 2, -1, self._width).permute(3, 0, 1, 4, 2, 5).unbind(0)
         return key, value
+
+    def of_one(self, vectors: Tensor) -> Tensor:
+        """Keys, and after them values, [K, L, 2, H, E], contiguous, of the vectors [K, dim] of one patch."""
+        flat = F.rms_norm(vectors, vectors.shape[1:], None, self._eps)
+        return F.linear(flat, self._weight.flatten(0, 1)).view(len(flat), len(self._weight), 2, -1, self._width)
 
 
 class Absorption:
@@ -286,9 +264,8 @@ def hand_over(
 
 def patch_vectors(cross: CrossStep, vectors: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
     """Let a patch's vectors [K, dim] read its bytes, the first int64 [1] of [S, dim]; see `CrossStep`."""
-    # Keys and values wait for the bytes alone; the vectors are made of them.
-    heads = _normed_rows(states, cross.key_value, cross.key_norm.eps, cross.key_norm.weight)
-    query = _normed_rows(vectors, cross.query, cross.query_norm.eps, cross.query_norm.weight)
+    query = F.linear(cross.query_norm(vectors), cross.query)
+    heads = F.linear(cross.key_norm(states), cross.key_value)
     mixed = _patch_kernels().read_bytes(query, heads, lengths, cross.head_dim)
     result: Tensor = _linear_kernels().linear(mixed, cross.output, residual=vectors, residual_scale=cross.residual)
     return result

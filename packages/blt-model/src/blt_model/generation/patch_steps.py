@@ -139,17 +139,17 @@ class PatchSteps:
 
     def put_latents(self, rows: Tensor, latents: Tensor) -> None:
         """Make latent outputs [m, width] those that rows, int64 [m], read from now on."""
+        shape = len(latents), self._config.cross_attention.k, -1
         if self._patch_keys is not None:
-            projected = fused.mapped(latents, self._decoder_projection)
-            vectors = projected.view(len(latents), self._config.cross_attention.k, -1)
+            vectors = fused.mapped(latents, self._decoder_projection).view(shape)
             if self._absorption is not None:
-                self._absorption(self._patch_keys.heads_of_one(vectors))
+                self._absorption(self._patch_keys.of_one(vectors[0]))
                 return
             keys, values = self._patch_keys(vectors)
             self.keys.index_copy_(1, rows, keys)
             self.values.index_copy_(1, rows, values)
             return
-        vectors = F.linear(latents, self._decoder_projection).view(len(latents), self._config.cross_attention.k, -1)
+        vectors = F.linear(latents, self._decoder_projection).view(shape)
         for index, cross in enumerate(self._decoder_cross):
             keys, values = cross.keys_values(vectors)
             self.keys[index].index_copy_(0, rows, keys)

@@ -56,7 +56,6 @@ PHASES = (
 _MOST_PROGRAMS = 256
 """Of which stamps are kept."""
 
-EARLY = True
 ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_float)
 """The types of the kernel's arguments."""
 
@@ -436,8 +435,7 @@ def _launch(kernel: tuple[Any, int], programs: int, arguments: tuple[Any, ...], 
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = programs, 1, 1
     launch.blockDimX, launch.blockDimY, launch.blockDimZ = 32 * (_WARPS + 1), 1, 1
     launch.sharedMemBytes, launch.hStream = shared, stream.cuda_stream
-    launch.attrs = [cooperative, early][: 1 + EARLY]
-    launch.numAttrs = len(launch.attrs)
+    launch.attrs, launch.numAttrs = [cooperative, early], 2
     checked(driver.cuLaunchKernelEx(launch, function, (arguments, ARGUMENTS), 0))
 
 
