@@ -233,6 +233,17 @@ def test_equals_blocks_in_float64(
         check(stack, position + turn, run)
 
 
+@pytest.mark.parametrize(("vectors", "scores"), [(9, 36), (1, 4)])
+def test_reads_patches_of_many_vectors(emulator: Emulator, vectors: int, scores: int) -> None:
+    """Scores that fill more than the matrix units take at once, or less, and answers of several slots."""
+    config = TransformerConfig(dim=256, num_layers=1, num_heads=4, ffn_dim=64, window=24)
+    stack = Stack(config, torch.bfloat16, "cpu", crossed=(0,), vectors=vectors)
+    stack.fill(5)
+    tables = StackTables(stack.parts(), resident.Manner(slot=8_192, in_flight=1))
+    assert tables.sizes.scores == scores
+    check(stack, 5, lambda x, tap: emulator.run(tables, x, 5, 2, vectors, tap))
+
+
 LATENT = TransformerConfig(dim=2048, num_layers=3, num_heads=16, ffn_dim=5632)
 LOCAL = TransformerConfig(dim=1024, num_layers=3, num_heads=16, ffn_dim=2816, window=512)
 ENTROPY = TransformerConfig(dim=768, num_layers=3, num_heads=12, ffn_dim=2048, window=512)
