@@ -912,101 +912,120 @@ struct Program : Place {
         }
     }
 
-    // One part of one head's attention over the cache, which takes the new key and value.
-    __device__ __forceinline__ void attend(int layer, int item) {
+    // What a lane has of a part of a head's attention: sums of eight numbers of the values, relative to the best score.
+    struct Sums {
+        float values[8] = {}, best = NOTHING, mass = 0.0f;
+    };
+
+    // The new token's own key and value, which the cache takes: for one warp.
+    __device__ __forceinline__ void attend_own(int layer, int head, const float* query, const float* angles, Sums& sums) {
+        constexpr int lanes = WIDTH / 8;
+        int e = lane % lanes * 8;
+        float key[8], value[8];
+        read8(s.heads + WIDTH + e, key);
+        read8(s.heads + 2 * WIDTH + e, value);
+        turn_pairs(key, angles);
+        uint4 packed_key = packed(key), packed_value = packed(value);
+        float score[1] = {score_of(packed_key, query, lane < lanes)};
+        add_keys<1>(score, &packed_value, sums.values, sums.best, sums.mass);
+        if (lane < lanes) {
+            i64 at = ((i64)head * capacity + written) * WIDTH + e;
+            *(uint4*)(s.layers[layer].keys + at) = packed_key;
+            *(uint4*)(s.layers[layer].values + at) = packed_value;
+        }
+    }
+
+    // The keys of all stages at once, so that their sums wait for each other less.
+    __device__ __forceinline__ void attend_stages(int begin, const Part& part, const float* query, Sums& sums) {
         constexpr int lanes = WIDTH / 8;     // that share a key
         constexpr int beside = 32 / lanes;   // keys of a warp at once
         constexpr int turns = KEYS / (WARPS * beside);
         static_assert(turns * WARPS * beside == KEYS, "every warp takes as many keys");
-        int head = item / SPLITS;
+        float scores[KV_STAGES * turns];
+        uint4 values[KV_STAGES * turns];
+#pragma unroll
+        for (int i = 0; i < KV_STAGES; i++) {
+            int first = begin + i * KEYS;
+            bool filled = first < part.end;
+            if (filled) barrier_wait(s.kv_full + block.stage, block.parity);
+            uint4 keys[turns];
+#pragma unroll
+            for (int turn = 0; turn < turns; turn++) {
+                int k = (turn * WARPS + warp) * beside + lane / lanes;
+                int at = (block.stage * KEYS + k) * WIDTH + lane % lanes * 8;
+                bool kept = first + k < part.end && first + k != written;
+                keys[turn] = kept ? *(const uint4*)(s.keys + at) : make_uint4(0, 0, 0, 0);
+                values[i * turns + turn] = kept ? *(const uint4*)(s.values + at) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int turn = 0; turn < turns; turn++) {
+                int k = (turn * WARPS + warp) * beside + lane / lanes;
+                scores[i * turns + turn] = score_of(keys[turn], query, first + k < part.end && first + k != written);
+            }
+            if (!filled) continue;
+            __syncwarp();
+            if (lane == 0) barrier_arrive(s.kv_empty + block.stage);
+            block.next<KV_STAGES>();
+        }
+        add_keys<KV_STAGES * turns>(scores, values, sums.values, sums.best, sums.mass);
+    }
+
+    // Join the sums of a warp's lanes, and leave them for the other warps.
+    __device__ __forceinline__ void join_lanes(Sums& sums) {
+        constexpr int lanes = WIDTH / 8;
+        float largest = sums.best;
+#pragma unroll
+        for (int mask = lanes; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+        float shrink = __expf(sums.best - largest);
+        sums.mass *= shrink;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums.values[j] *= shrink;
+#pragma unroll
+        for (int mask = lanes; mask < 32; mask *= 2) {
+            sums.mass += shuffle_xor(sums.mass, mask);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums.values[j] += shuffle_xor(sums.values[j], mask);
+        }
+        if (lane < lanes) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) s.merged[warp * WIDTH + lane % lanes * 8 + j] = sums.values[j];
+        }
+        if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = sums.mass;
+    }
+
+    // Join what the warps have left to a number of the part, and hand it on with how much the part counts.
+    __device__ __forceinline__ void join_warps(int layer, int item) {
+        float largest = NOTHING, total = 0.0f, all = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.merged_stats[2 * i]);
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+            float share = __expf(s.merged_stats[2 * i] - largest);
+            total += share * s.merged[i * WIDTH + thread];
+            all += share * s.merged_stats[2 * i + 1];
+        }
+        store_word(words(layer, AT_PARTS) + item * WIDTH + thread, sealed(total, epoch));
+        if (thread < 2)
+            store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
+    }
+
+    // One part of one head's attention over the cache, which takes the new key and value.
+    __device__ __forceinline__ void attend(int layer, int item) {
+        int head = item / SPLITS, e = lane % (WIDTH / 8) * 8;
         Part part = part_of(item, held);
         take_head(layer, head);
-        int e = lane % lanes * 8;
-        float angles[8], query[8], sums[8] = {}, best = NOTHING, mass = 0.0f;
+        float angles[8], query[8];
+        Sums sums;
         read8(s.angles + e, angles);
         read8(s.heads + e, query);
         turn_pairs(query, angles);
 #pragma unroll
         for (int j = 0; j < 8; j++) query[j] *= rsqrtf((float)WIDTH);
-        // The new token's own key and value: for one warp.
-        if (warp == 0 && written >= part.begin && written < part.end) {
-            float key[8], value[8];
-            read8(s.heads + WIDTH + e, key);
-            read8(s.heads + 2 * WIDTH + e, value);
-            turn_pairs(key, angles);
-            uint4 packed_key = packed(key), packed_value = packed(value);
-            float score[1] = {score_of(packed_key, query, lane < lanes)};
-            add_keys<1>(score, &packed_value, sums, best, mass);
-            if (lane < lanes) {
-                i64 at = ((i64)head * capacity + written) * WIDTH + e;
-                *(uint4*)(s.layers[layer].keys + at) = packed_key;
-                *(uint4*)(s.layers[layer].values + at) = packed_value;
-            }
-        }
-        for (int begin = part.begin; begin < part.end; begin += KV_STAGES * KEYS) {
-            // All stages at once, so that their sums wait for each other less.
-            float scores[KV_STAGES * turns];
-            uint4 values[KV_STAGES * turns];
-#pragma unroll
-            for (int i = 0; i < KV_STAGES; i++) {
-                int first = begin + i * KEYS;
-                bool filled = first < part.end;
-                if (filled) barrier_wait(s.kv_full + block.stage, block.parity);
-                uint4 keys[turns];
-#pragma unroll
-                for (int turn = 0; turn < turns; turn++) {
-                    int k = (turn * WARPS + warp) * beside + lane / lanes, at = (block.stage * KEYS + k) * WIDTH + e;
-                    bool kept = first + k < part.end && first + k != written;
-                    keys[turn] = kept ? *(const uint4*)(s.keys + at) : make_uint4(0, 0, 0, 0);
-                    values[i * turns + turn] = kept ? *(const uint4*)(s.values + at) : make_uint4(0, 0, 0, 0);
-                }
-#pragma unroll
-                for (int turn = 0; turn < turns; turn++) {
-                    int k = (turn * WARPS + warp) * beside + lane / lanes;
-                    scores[i * turns + turn] =
-                        score_of(keys[turn], query, first + k < part.end && first + k != written);
-                }
-                if (!filled) continue;
-                __syncwarp();
-                if (lane == 0) barrier_arrive(s.kv_empty + block.stage);
-                block.next<KV_STAGES>();
-            }
-            add_keys<KV_STAGES * turns>(scores, values, sums, best, mass);
-        }
-        // Together: the keys of a warp, then the warps.
-        float largest = best;
-#pragma unroll
-        for (int mask = lanes; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-        float shrink = __expf(best - largest);
-        mass *= shrink;
-#pragma unroll
-        for (int j = 0; j < 8; j++) sums[j] *= shrink;
-#pragma unroll
-        for (int mask = lanes; mask < 32; mask *= 2) {
-            mass += shuffle_xor(mass, mask);
-#pragma unroll
-            for (int j = 0; j < 8; j++) sums[j] += shuffle_xor(sums[j], mask);
-        }
-        if (lane < lanes) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) s.merged[warp * WIDTH + e + j] = sums[j];
-        }
-        if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = mass;
+        if (warp == 0 && written >= part.begin && written < part.end) attend_own(layer, head, query, angles, sums);
+        for (int begin = part.begin; begin < part.end; begin += KV_STAGES * KEYS) attend_stages(begin, part, query, sums);
+        join_lanes(sums);
         meet();
-        if (thread < WIDTH) {
-            float largest = NOTHING, total = 0.0f, all = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.merged_stats[2 * i]);
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) {
-                float share = __expf(s.merged_stats[2 * i] - largest);
-                total += share * s.merged[i * WIDTH + thread];
-                all += share * s.merged_stats[2 * i + 1];
-            }
-            store_word(words(layer, AT_PARTS) + item * WIDTH + thread, sealed(total, epoch));
-            if (thread < 2)
-                store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
-        }
+        if (thread < WIDTH) join_warps(layer, item);
         meet();
     }
 
