@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -315,6 +317,29 @@ def test_machine_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert machine_code.machine_code(source, {"NUMBER": 1}, 90) == first
     assert len(compiled) == 4
+
+
+def test_launches_where_the_driver_refuses_to_begin_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked once; any other failure is reported."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    outcomes, asked = driver.CUresult, []
+
+    def launch(configuration: Any, function: object, arguments: object, extra: int) -> tuple[Any]:
+        asked.append((configuration.gridDimX, configuration.numAttrs))
+        return (outcomes.CUDA_ERROR_NOT_SUPPORTED if configuration.numAttrs == 2 else outcomes.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch)
+    monkeypatch.setattr(resident, "_NOT_EARLY", set())
+    stream = SimpleNamespace(cuda_stream=0, device_index=0)
+    for programs in (3, 4):
+        resident._launch((0, 1024), programs, (), stream)  # type: ignore[arg-type]  # there is no stream without CUDA
+    assert asked == [(3, 2), (3, 1), (4, 1)]
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", lambda *arguments: (outcomes.CUDA_ERROR_ILLEGAL_ADDRESS,))
+    for device in (0, 1):
+        stream.device_index = device
+        with pytest.raises(ModelError, match="ILLEGAL_ADDRESS"):
+            resident._launch((0, 1024), 3, (), stream)  # type: ignore[arg-type]
+    assert list(resident._NOT_EARLY) == [0]
 
 
 @pytest.mark.skipif(not resident.available(torch.device(DEVICE)), reason="needs a GPU of compute capability 9")

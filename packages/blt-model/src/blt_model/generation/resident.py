@@ -422,7 +422,12 @@ class ResidentStack:
         return out
 
 
+_NOT_EARLY: set[int] = set()
+"""Devices whose driver was found to refuse cooperative launches that begin early."""
+
+
 def _launch(kernel: tuple[Any, int], programs: int, arguments: tuple[Any, ...], stream: torch.cuda.Stream) -> None:
+    """Launch all programs or none, if the driver can before the kernel ahead of them has ended."""
     from cuda.bindings import driver
 
     function, shared = kernel
@@ -435,7 +440,15 @@ def _launch(kernel: tuple[Any, int], programs: int, arguments: tuple[Any, ...], 
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = programs, 1, 1
     launch.blockDimX, launch.blockDimY, launch.blockDimZ = 32 * (_WARPS + 1), 1, 1
     launch.sharedMemBytes, launch.hStream = shared, stream.cuda_stream
-    launch.attrs, launch.numAttrs = [cooperative, early], 2
+    if stream.device_index not in _NOT_EARLY:
+        launch.attrs, launch.numAttrs = [cooperative, early], 2
+        outcome = driver.cuLaunchKernelEx(launch, function, (arguments, ARGUMENTS), 0)
+        refusals = driver.CUresult.CUDA_ERROR_NOT_SUPPORTED, driver.CUresult.CUDA_ERROR_INVALID_VALUE
+        if outcome[0] not in refusals:
+            checked(outcome)
+            return
+        _NOT_EARLY.add(stream.device_index)
+    launch.attrs, launch.numAttrs = [cooperative], 1
     checked(driver.cuLaunchKernelEx(launch, function, (arguments, ARGUMENTS), 0))
 
 
