@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,22 +35,30 @@ def fresh_seed() -> int:
 class _Uncaptured:
     """Stands for a captured graph where there is no CUDA: runs the same function anew."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], object]) -> None:
         self.replay = function
 
 
-def run_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take on the CPU the steps that CUDA graphs capture."""
+def run_uncaptured(monkeypatch: pytest.MonkeyPatch, device: Executor | None = None) -> None:
+    """Take on the CPU the steps that CUDA graphs capture; on a device of one thread the host does not wait for them."""
 
     def enable(self: GraphRunner, device: torch.device, *, enabled: bool) -> None:
         self.enabled, self._graphs, self._pool = True, {}, None
 
     def capture(self: GraphRunner, function: Callable[[], None], changed: Sequence[Tensor]) -> _Uncaptured:
-        before = [tensor.clone() for tensor in changed]
-        function()
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
-        return _Uncaptured(function)
+        @torch.inference_mode()
+        def try_once() -> None:
+            before = [tensor.clone() for tensor in changed]
+            function()
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+
+        if device is None:
+            try_once()
+            return _Uncaptured(function)
+        # The host waits for a trial, as `GraphRunner` does.
+        device.submit(try_once).result()
+        return _Uncaptured(lambda: device.submit(torch.inference_mode()(function)))
 
     monkeypatch.setattr(GraphRunner, "__init__", enable)
     monkeypatch.setattr(GraphRunner, "_capture", capture)

@@ -1,5 +1,6 @@
 """The Triton kernels of generation against the plain steps: on CUDA as they are, elsewhere by Triton's interpreter."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -242,6 +243,35 @@ def test_a_text_runs_ahead(kernels: ModuleType, seed: int, monkeypatch: pytest.M
     monkeypatch.setattr(fused, "available", lambda model: True)
     assert generate() == wanted
     assert wanted[0] == wanted[-1]
+
+
+@pytest.mark.skipif(CUDA, reason="compares bytes, which half precision leaves to rounding")
+def test_results_are_not_those_of_a_trial(kernels: ModuleType, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device works while the host goes on: what the trial before a capture leaves must not be taken for a result."""
+    one = {"num_layers": 1}
+    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+
+    class Odd:
+        """Patches that end where the fiftieths of entropies are odd, so that every entropy matters."""
+
+        def reset(self) -> None:
+            """Nothing is kept."""
+
+        def push(self, token_id: int, entropy: float) -> bool:
+            """Every token's entropy decides anew."""
+            return token_id == 1 or round(entropy * 50) % 2 == 1
+
+    def generate() -> tuple[bytes, int]:
+        generator = Generator(model, new_patcher=Odd, entropy_model=entropy_model)
+        (done,) = generator.generate([Request(prompt=b"ab ", max_new_bytes=5)])
+        return done.content, done.patches
+
+    wanted = generate()
+    monkeypatch.setattr(fused, "available", lambda model: True)
+    monkeypatch.setattr("blt_model.generation.single_row._LOOKS", 10**9)
+    with ThreadPoolExecutor(1) as device:
+        run_uncaptured(monkeypatch, device)
+        assert generate() == wanted
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -141,6 +141,11 @@ class Head:
         """Read weights as they lie, [V, dim]."""
         self._kernels = _head_kernels().Head(norm.weight, weight, norm.eps)
 
+    @classmethod
+    def of(cls, model: ByteLM) -> Head:
+        """That of a model."""
+        return cls(Norm.of(model.norm), model.head.weight)
+
     def entropy(self, x: Tensor, out: Tensor) -> None:
         """Write the entropy after trunk outputs [1, dim] to float32 [at least 1], in nats."""
         self._kernels.entropy(x, out)

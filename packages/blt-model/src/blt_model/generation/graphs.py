@@ -67,7 +67,8 @@ class GraphRunner:
         Args:
             key: what the shapes of the function depend on.
             function: reads and writes tensors that stay where they are from call to call, and waits for nothing.
-            changed: tensors that it changes otherwise on a second call than on the first.
+            changed: tensors that it changes otherwise on a second call than on the first, and those of the host that
+                are looked at for what it writes, where a trial's would be taken for its own.
         """
         if not self.enabled:
             function()
@@ -78,12 +79,15 @@ class GraphRunner:
 
     def _capture(self, function: Callable[[], None], changed: Sequence[Tensor]) -> Any:
         """Capture after a trial, which lets libraries allocate what they need."""
+        # Tensors of the host are kept as they are after all that was started, and put back before anything else is.
+        torch.cuda.current_stream().synchronize()
         before = [tensor.clone() for tensor in changed]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream().wait_stream(stream)
+        stream.synchronize()
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         if self._pool is None:

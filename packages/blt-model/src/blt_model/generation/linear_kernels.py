@@ -87,6 +87,20 @@ def _added(sums, words, low, high, kind: tl.constexpr):
 
 
 @triton.jit
+def _summed(sums, gate_sums, squares, inputs, eps, NORM: tl.constexpr, GATED: tl.constexpr):
+    """Outputs [EACH, GROUPS] from sums of products [EACH, GROUPS, CHUNK] and of squares [GROUPS, CHUNK]."""
+    result = tl.sum(sums, 2)
+    gate_sum = tl.sum(gate_sums, 2)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, 1) / inputs + eps)
+        result *= scale[None, :]
+        gate_sum *= scale[None, :]
+    if GATED:
+        result *= gate_sum / (1.0 + tl.exp(-gate_sum))
+    return result
+
+
+@triton.jit
 def outputs_of_one(
     x, stats, weight, norm, outputs, eps, kind: tl.constexpr, WORDS: tl.constexpr, NORM: tl.constexpr,
     GATED: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
@@ -142,15 +156,7 @@ def outputs_of_one(
             sums = _added(sums, tiles[2 * chunk + 1], low, high, kind)
         else:
             sums = _added(sums, tiles[chunk], low, high, kind)
-    result = tl.sum(sums, 2)
-    gate_sum = tl.sum(gate_sums, 2)
-    if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 1) / (WORDS * held) + eps)
-        result *= scale[None, :]
-        gate_sum *= scale[None, :]
-    if GATED:
-        result *= gate_sum / (1.0 + tl.exp(-gate_sum))
-    return result, start + row, kept
+    return _summed(sums, gate_sums, squares, WORDS * held, eps, NORM, GATED), start + row, kept
 
 
 @triton.jit

@@ -197,9 +197,7 @@ class BLTSession:
         self._stacks = self._resident_stacks() if self._is_fused else Stacks()
         self._programs = Programs.of(self.device, has_entropy_model=entropy_model is not None)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
-        self._lm_head = None
-        if entropy_model is not None and self._is_fused:
-            self._lm_head = fused.Head(Norm.of(entropy_model.norm), entropy_model.head.weight)
+        self._lm_head = fused.Head.of(entropy_model) if entropy_model is not None and self._is_fused else None
         self._numbers = StepNumbers(3, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)

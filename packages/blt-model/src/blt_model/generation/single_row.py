@@ -100,7 +100,7 @@ class SingleRowSession(BLTSession):
         self._number_out[0] = uniform
         results, at = self._results_back, 2 * (position % 2)
         results[at] = results[at + 1] = results[at + 4] = results[at + 5] = math.nan
-        changed = [self._numbers.device, self._tokens]
+        changed = [self._numbers.device, self._tokens, self._results, self._host_entropy]
         if self._hashes is not None:
             changed.append(self._hashes.symbols)
         self._runner.run(("ahead", self._kind), self._ahead, changed)
@@ -178,7 +178,7 @@ class SingleRowSession(BLTSession):
 
     def _take_patch(self) -> None:
         """Run the latent transformer for the complete patch, and choose once more."""
-        changed = [self._tokens, self._numbers.device, self._patch_position]
+        changed = [self._tokens, self._numbers.device, self._patch_position, self._results]
         if self._is_fused:
             longest = bucket(int(self._open_lengths[0]), self._patch_steps.open_capacity)
             self._runner.run(("again", self._kind, longest), lambda: self._again(longest), changed)
