@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.blt_model.generation_oracle import (
     Recorder,
     Ties,
     check_completion,
+    document_entropies,
     fresh_blt,
     fresh_byte_lm,
     fresh_seed,
@@ -20,6 +23,7 @@ from tests.blt_model.generation_oracle import (
 )
 from tests.blt_model.test_blt import OPTIONS
 
+from blt_data.framing import frame
 from blt_model import (
     BLT,
     ByteLM,
@@ -462,3 +466,48 @@ def test_cuda(graphs: bool, seed: int) -> None:
         )
         results.append([(done.content, done.patches) for done in generator.generate(requests)])
     assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_one_text_in_half_precision(seed: int) -> None:
+    """The kernels' entropies are those of their bytes, which the host reads meanwhile, and they decide its patches."""
+    from blt_model.generation import fused
+
+    rng = random.Random(seed)
+    model, entropy_model = fresh_blt(seed), fresh_byte_lm(seed + 1)
+    with torch.no_grad():
+        # Far enough apart for half precision to tell entropies from each other.
+        entropy_model.head.weight.mul_(5)
+        # No text ends early.
+        model.decoder.head.weight[2] = 0
+    threshold = middle_entropy(entropy_model, rng)
+    model, entropy_model = model.bfloat16().cuda(), entropy_model.bfloat16().cuda()
+    assert fused.available(model)
+    assert fused.available(entropy_model)
+    recorder = Recorder(EntropyScheme(threshold=threshold, max_patch_length=40))
+    generator = Generator(model, new_patcher=recorder, entropy_model=entropy_model)
+    judge, lm_judge = (copy.deepcopy(module).float().cpu() for module in (model, entropy_model))
+    # What is found, against what it should be and against what it would be a byte late.
+    entropy_errors, late_entropy_errors = [], []
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    patches = 0
+    for prompt in prompts_of(rng, [0, 7, 100, 1]):
+        (done,) = generator.generate([Request(prompt=prompt, max_new_bytes=90)])
+        framed = frame(prompt + done.content)
+        record = recorder.of(framed.tolist())
+        exact = document_entropies(lm_judge, framed, None)[: len(record.entropies)]
+        entropies = torch.tensor([record.entropies, exact], dtype=torch.float64)
+        entropy_errors += (entropies[0] - entropies[1]).abs().tolist()
+        late_entropy_errors += (entropies[0, 1:] - entropies[1, :-1]).abs().tolist()
+        ends = 1 + np.flatnonzero(record.answers[: len(framed) - 1])
+        taken = torch.tensor([byte + 4 for byte in done.content], dtype=torch.int64)
+        for is_late in errors:
+            cuts = np.unique([0, 1, *(ends + is_late), len(framed)])
+            with torch.no_grad():
+                logits = judge(pack_documents([framed], [np.diff(cuts)])[0])[len(prompt) :][: len(taken)]
+            wanted = torch.log_softmax(logits.double(), -1)[torch.arange(len(taken)), taken]
+            errors[is_late] += (wanted - torch.tensor(done.log_probabilities)).abs().tolist()
+        patches += len(ends)
+    assert patches > 40
+    assert np.mean(entropy_errors) < 0.1 * np.mean(late_entropy_errors)
+    assert np.mean(errors[False]) < 0.2 * np.mean(errors[True])
