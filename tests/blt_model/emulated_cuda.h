@@ -191,13 +191,17 @@ inline float shuffle_xor(float value, int mask) {
 }
 
 
-inline uint4 load_words(const uint32_t* at) {
+template <class Words>
+inline Words load(const uint32_t* at) {
     emulated::yield();
-    emulated::require((uintptr_t)at % 16 == 0, "words are read from an address that is no multiple of 16");
-    uint4 v;
+    emulated::require((uintptr_t)at % sizeof(Words) == 0, "words are read from an address that is no multiple of theirs");
+    Words v;
     std::memcpy(&v, at, sizeof v);
     return v;
 }
+inline uint32_t load_word(const uint32_t* at) { return load<uint32_t>(at); }
+inline uint2 load_two(const uint32_t* at) { return load<uint2>(at); }
+inline uint4 load_words(const uint32_t* at) { return load<uint4>(at); }
 inline void store_word(uint32_t* at, uint32_t word) {
     *at = word;
     emulated::steps++;

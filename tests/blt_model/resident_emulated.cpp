@@ -5,10 +5,10 @@
 
 extern "C" const char* run(int programs, unsigned seed, const void* maps, const void* layers, void* exchange,
                            void* state, const void* input, void* output, const void* position, const void* rotary,
-                           void* tap, void* taps, const void* tap_row, int capacity, float eps) {
+                           void* tap, void* taps, const void* tap_row, const void* skipped, int capacity, float eps) {
     return emulated::launch(programs, THREADS + 32, sizeof(Shared), seed, [=] {
         resident_stack((const Map*)maps, (const Layer*)layers, (u32*)exchange, (u32*)state, (const u16*)input,
                        (u16*)output, (const i64*)position, (const float*)rotary, (u16*)tap, (u16*)taps,
-                       (const i64*)tap_row, capacity, eps);
+                       (const i64*)tap_row, (const i64*)skipped, capacity, eps);
     });
 }

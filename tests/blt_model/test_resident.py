@@ -157,14 +157,23 @@ class Emulator:
         self._folder = folder
         self._libraries: dict[resident.Sizes, ctypes.CDLL] = {}
 
-    def run(self, tables: StackTables, x: Tensor, position: int, programs: int, seed: int, tap: Tap | None) -> Tensor:
+    def run(
+        self,
+        tables: StackTables,
+        x: Tensor,
+        position: int,
+        programs: int,
+        seed: int,
+        tap: Tap | None,
+        skipped: Tensor | None = None,
+    ) -> Tensor:
         """One token through a stack, [1, dim]."""
         out = torch.full_like(x, torch.nan)
         at = torch.tensor([position])
         run = self._library(tables.sizes).run
         run.argtypes = (ctypes.c_int, ctypes.c_uint, *resident.ARGUMENTS)
         run.restype = ctypes.c_char_p
-        failure = run(programs, seed, *tables.arguments(x, out, at, programs, tap))
+        failure = run(programs, seed, *tables.arguments(x, out, at, programs, tap, skipped))
         assert failure is None, failure.decode()
         return out
 

@@ -58,27 +58,41 @@ class ByteLMSteps:
             positions = np.where(tokens.numpy(force=True) == self.context_start, 0, positions)
         return self.cache.plan(positions)
 
-    def plan_static(self, tokens: Tensor, positions: Tensor, programs: int = 0) -> AttentionStep | fused.FusedStep:
-        """Plan the same from positions on the device, int64 [n]; for programs see `FusedStep`."""
+    @property
+    def is_resident(self) -> bool:
+        """Whether the blocks run in one launch."""
+        return self._stack is not None
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, dim] what a step begins with."""
+        return self._embedding
+
+    def plan_static(
+        self, tokens: Tensor, positions: Tensor, programs: int = 0, skipped: Tensor | None = None
+    ) -> AttentionStep | fused.FusedStep:
+        """Plan the same from positions on the device, int64 [n]; for programs and skipped see `FusedStep`."""
         if self.context_start is not None:
             positions = torch.where(tokens == self.context_start, 0, positions)
         if self._is_fused:
-            return fused.FusedStep(positions, None, programs)
+            return fused.FusedStep(positions, None, programs, skipped)
         return self.cache.plan_static(positions, None, self.cache.capacity)
 
-    def step(self, tokens: Tensor, step: AttentionStep | fused.FusedStep) -> Tensor:
+    def step(self, tokens: Tensor, step: AttentionStep | fused.FusedStep, x: Tensor | None = None) -> Tensor:
         """Run one token of each of the first n rows.
 
         Args:
             tokens: int64 [n].
             step: the plan.
+            x: [n, dim] the tokens' rows of the embedding, where they have been read; None where they have not.
 
         Returns:
             [n, dim] the trunk's output.
         """
-        x = F.embedding(tokens, self._embedding)
+        if x is None:
+            x = F.embedding(tokens, self._embedding)
         if self._stack is not None and isinstance(step, fused.FusedStep):
-            return self._stack(x, step.positions, step.programs)
+            return self._stack(x, step.positions, step.programs, skipped=step.skipped)
         for layer, block in enumerate(self._blocks):
             x = block(x, self.cache, layer, step)  # type: ignore[arg-type]  # blocks and plans are of one kind
         return x

@@ -24,6 +24,7 @@ from blt_model.caches import AttentionCache
 from blt_model.config import Pooling, TransformerConfig
 from blt_model.generation import resident
 from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
+from blt_model.generation.go_ahead import GoAhead
 from blt_model.generation.resident import Parts, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.triton_support import HAS_TRITON
@@ -106,6 +107,8 @@ class FusedStep:
     """int64 [n] their rows; None for the first n."""
     programs: int = 0
     """Multiprocessors that a resident stack takes; 0 for all."""
+    skipped: Tensor | None = None
+    """int64 [1], not nought where a resident stack is to do nothing; None for a step that is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +149,9 @@ class Head:
         """That of a model."""
         return cls(Norm.of(model.norm), model.head.weight)
 
-    def entropy(self, x: Tensor, out: Tensor) -> None:
-        """Write the entropy after trunk outputs [1, dim] to float32 [at least 1], in nats."""
-        self._kernels.entropy(x, out)
+    def entropy(self, x: Tensor, out: Tensor, skipped: Tensor | None = None) -> None:
+        """Write the entropy after trunk outputs [1, dim] to float32 [at least 1], in nats, unless it is skipped."""
+        self._kernels.entropy(x, out, skipped)
 
     def likeliest(
         self, x: Tensor, tokens: Tensor, counters: Tensor, place: Tensor, result: Tensor, **options: Any
@@ -177,9 +180,11 @@ def read_patches(cross: CrossStep, x: Tensor, keys: Tensor, values: Tensor) -> T
     return result
 
 
-def embed(tokens: Tensor, positions: Tensor, hashes: HashHistory, byte_table: Tensor, *, average: bool) -> Tensor:
-    """Byte and n-gram embeddings [n, dim] of a new token of each row, int64 [n], which the history takes."""
-    result: Tensor = _token_kernels().embed(
+def embed(
+    tokens: Tensor, positions: Tensor, hashes: HashHistory, byte_table: Tensor, *, average: bool, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Embed a new token of each row, int64 [n], which the history takes; for options and result see `token_kernels`."""
+    result: tuple[Tensor, Tensor | None] = _token_kernels().embed(
         tokens,
         positions,
         hashes.symbols,
@@ -191,8 +196,14 @@ def embed(tokens: Tensor, positions: Tensor, hashes: HashHistory, byte_table: Te
         offset=hashes.offset,
         omit_partial=hashes.config.omit_partial,
         average=average,
+        **options,
     )
     return result
+
+
+def await_word(go_ahead: GoAhead, tokens: Tensor, hashes: HashHistory, *, draws: bool) -> None:
+    """Wait for the word for a launch of one row, and where it goes on, move its history on; see `token_kernels`."""
+    _token_kernels().await_word(go_ahead, tokens, hashes.symbols, offset=hashes.offset, draws=draws)
 
 
 def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:

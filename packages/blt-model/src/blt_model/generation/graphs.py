@@ -58,6 +58,10 @@ class GraphRunner:
         # The pool goes with the last of its graphs.
         self._pool = None
 
+    def has(self, key: Hashable) -> bool:
+        """Whether a function was captured, so that running it waits for nothing."""
+        return key in self._graphs
+
     def run(self, key: Hashable, function: Callable[[], None], changed: Sequence[Tensor] = ()) -> None:
         """Run a function.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blt_model.generation.kernels import KINDS, dependence
 from blt_model.generation.linear_kernels import linear_shape, outputs_of_one
-from blt_model.generation.token_kernels import entropy_of, likeliest_of, put_step
+from blt_model.generation.token_kernels import entropy_of, is_skipped, likeliest_of, put_step
 
 
 @triton.jit
@@ -41,34 +41,37 @@ def _is_last(
 
 @triton.jit
 def _entropy_after(
-    x, weight, norm, logits, arrived, outputs, eps, out, kind: tl.constexpr, WORDS: tl.constexpr, EACH: tl.constexpr,
-    GROUPS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    x, weight, norm, logits, arrived, outputs, eps, skipped, out, kind: tl.constexpr, WORDS: tl.constexpr,
+    EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK: tl.constexpr, SKIPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some logits, and of the last program the entropy."""
-    if _is_last(
-        x, weight, norm, logits, arrived, outputs, eps, kind, WORDS, EACH, GROUPS, CHUNK, AHEAD, EXACT, DEPENDENT
-    ):
-        v = tl.arange(0, BLOCK)
-        inside = v < outputs
-        tl.store(out, entropy_of(tl.load(logits + v, mask=inside, other=-float("inf"), volatile=True), inside))
+    if not is_skipped(skipped, SKIPS):  # noqa: SIM102  # triton runs both sides of an and
+        if _is_last(
+            x, weight, norm, logits, arrived, outputs, eps, kind, WORDS, EACH, GROUPS, CHUNK, AHEAD, EXACT, DEPENDENT
+        ):
+            v = tl.arange(0, BLOCK)
+            inside = v < outputs
+            value = entropy_of(tl.load(logits + v, mask=inside, other=-float("inf"), volatile=True), inside)
+            tl.store(out, tl.where(value == value, value, float("inf")))
 
 
 @triton.jit
 def _likeliest_after(
-    x, weight, norm, logits, arrived, outputs, eps, tokens, counters, cleared, place, result, first, end,
+    x, weight, norm, logits, arrived, outputs, eps, skipped, tokens, counters, cleared, place, result, first, end,
     kind: tl.constexpr, WORDS: tl.constexpr, EACH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
     AHEAD: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, ROOM: tl.constexpr,
-    BEFORE: tl.constexpr, CLEARS: tl.constexpr, DEPENDENT: tl.constexpr,
+    BEFORE: tl.constexpr, CLEARS: tl.constexpr, SKIPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some logits, and of the last program the choice."""
-    if _is_last(
-        x, weight, norm, logits, arrived, outputs, eps, kind, WORDS, EACH, GROUPS, CHUNK, AHEAD, EXACT, DEPENDENT
-    ):
-        v = tl.arange(0, BLOCK)
-        scores = tl.load(logits + v, mask=v < outputs, other=-float("inf"), volatile=True)
-        chosen, log_probability = likeliest_of(scores, v, first, end)
-        put_step(chosen, log_probability, tokens, counters, cleared, place, result, COUNT, ROOM, BEFORE, CLEARS)
+    if not is_skipped(skipped, SKIPS):  # noqa: SIM102  # triton runs both sides of an and
+        if _is_last(
+            x, weight, norm, logits, arrived, outputs, eps, kind, WORDS, EACH, GROUPS, CHUNK, AHEAD, EXACT, DEPENDENT
+        ):
+            v = tl.arange(0, BLOCK)
+            scores = tl.load(logits + v, mask=v < outputs, other=-float("inf"), volatile=True)
+            chosen, log_probability = likeliest_of(scores, v, first, end)
+            put_step(chosen, log_probability, tokens, counters, cleared, place, result, COUNT, ROOM, BEFORE, CLEARS)
 
 
 class Head:
@@ -86,7 +89,7 @@ class Head:
         self._logits = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
         self._arrived = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
-    def _launch(self, kernel: Any, x: Tensor, *arguments: Any, **constants: int) -> None:
+    def _launch(self, kernel: Any, x: Tensor, skipped: Tensor | None, *arguments: Any, **constants: int) -> None:
         outputs, words = len(self._weight), self._weight.shape[1] * self._weight.element_size() // 4
         shape = linear_shape(outputs, words, gated=False, joined=False)
         kernel[(triton.cdiv(outputs, shape.rows),)](
@@ -97,6 +100,7 @@ class Head:
             self._arrived,
             outputs,
             self._eps,
+            self._arrived if skipped is None else skipped,
             *arguments,
             kind=KINDS[self._weight.dtype],
             WORDS=words,
@@ -106,24 +110,26 @@ class Head:
             AHEAD=shape.ahead,
             EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
             BLOCK=triton.next_power_of_2(outputs),
+            SKIPS=skipped is not None,
             **constants,
             **dependence(),
             num_warps=shape.warps,
         )
 
-    def entropy(self, x: Tensor, out: Tensor) -> None:
+    def entropy(self, x: Tensor, out: Tensor, skipped: Tensor | None = None) -> None:
         """Entropy of the distribution that a row gives.
 
         Args:
             x: [1, K] contiguous, of the weight's dtype.
-            out: float32, at least [1], to write to, nats; may be pinned memory of the host.
+            out: float32, at least [1], to write to, nats; may be pinned memory of the host. Infinity stands for what is
+                not a number, as that stands there before anything has come.
+            skipped: see `token_kernels.hand_over`.
         """
-        self._launch(_entropy_after, x, out)
+        self._launch(_entropy_after, x, skipped, out)
 
     def likeliest(
         self, x: Tensor, tokens: Tensor, counters: Tensor, place: Tensor, result: Tensor, *, first: int, end: int,
-        before: int,
-        cleared: Tensor | None = None,
+        before: int, cleared: Tensor | None = None, skipped: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Choose the likeliest token after a row and hand it over.
 
@@ -137,11 +143,13 @@ class Head:
             end: and this one.
             before: see there.
             cleared: see there.
+            skipped: see there.
         """
         count = counters.numel()
         self._launch(
             _likeliest_after,
             x,
+            skipped,
             tokens,
             counters,
             counters if cleared is None else cleared,

@@ -47,7 +47,7 @@ typedef long long i64;
 #define FIRST(inputs) ((TURNS(inputs) - 1) % AHEAD + 1)   // turns that are multiplied first: the last of the row
 #define HAVE_TWO(inputs) (SLOT / (4 * (inputs)) > WARPS)  // whether a slot may have two units of a warp
 #define KV_STAGES 2
-#define NORMS 2              // whose scales are under way at once
+#define NORMS (SCORES > 0 ? 2 : 1)  // whose scales are under way at once: two where one soon follows another
 #define KEYS (4096 / WIDTH)  // of a stage of attention, whose keys take 8 KB and whose values too
 #define MOST (DIM > HIDDEN ? DIM : HIDDEN)
 #define NOTHING (-1e30f)     // the largest score of no keys
@@ -84,7 +84,8 @@ struct Layer {
 #define AT_HEADS 0
 #define AT_PARTS (AT_HEADS + 3 * DIM)
 #define AT_STATS (AT_PARTS + SPLITS * DIM)
-#define AT_MIDDLE (AT_STATS + 2 * SPLITS * HEADS)
+#define AT_ATTENDED (AT_STATS + 2 * SPLITS * HEADS)
+#define AT_MIDDLE (AT_ATTENDED + DIM)
 #define AT_HIDDEN (AT_MIDDLE + DIM)
 #define AT_END (AT_HIDDEN + HIDDEN)
 #define LAYER_WORDS (AT_END + DIM)
@@ -96,6 +97,16 @@ __device__ __forceinline__ uint4 load_words(const u32* at) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 load_word(const u32* at) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_two(const u32* at) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
     return v;
 }
 __device__ __forceinline__ void store_word(u32* at, u32 word) {
@@ -243,6 +254,13 @@ struct Row {
     uint4 halves[2][COUNT / 8];
 };
 
+// What a program has of a part of a head's attention.
+struct Attention {
+    alignas(16) float heads[3 * WIDTH];  // the new token's query, key and value
+    float merged[WARPS * WIDTH];
+    float merged_stats[WARPS * 2];
+};
+
 // Shared memory of a program.
 struct Shared {
     alignas(128) u16 ring[SLOTS * SLOT / 2];
@@ -251,11 +269,12 @@ struct Shared {
     u16 norms[NORMS * DIM];
     // Maps multiply these by turns, so that a warp can go on to the next while others are at the last.
     Row<DIM> normalised;
-    Row<MOST> row;
+    // Attention has the room of the second while there is no row in it.
+    union {
+        Row<MOST> row;
+        Attention attention;
+    };
     float residual[DIM];
-    alignas(16) float heads[3 * WIDTH];  // the new token's query, key and value of a head
-    float merged[WARPS * WIDTH];
-    float merged_stats[WARPS * 2];
     alignas(16) float squares[THREADS];  // of the stream, by the threads that took it
 #if SCORES > 0
     float scores[PLACES];
@@ -422,6 +441,16 @@ struct Supplier : Place {
         while (map < MAPS && unit >= end) next_map();
 #pragma unroll 1
         for (int i = 0; i < (IN_FLIGHT > 0 ? IN_FLIGHT : SLOTS) && map < MAPS && !s.maps[map].shared; i++) order_slot();
+    }
+
+    // Wait for what was begun, where nothing follows: its room must not be given back before it has come.
+    __device__ __forceinline__ void drain() {
+        Turn at;
+#pragma unroll 1
+        while (at.stage != slot.stage || at.parity != slot.parity) {
+            barrier_wait(s.full + at.stage, at.parity);
+            at.next<SLOTS>();
+        }
     }
 
     __device__ __forceinline__ void run(const Place& place) {
@@ -860,7 +889,7 @@ struct Program : Place {
             int which = thread / (WIDTH / 4), quarter = thread % (WIDTH / 4);
             uint4 v = make_uint4(0, 0, 0, 0);
             while (!is_there(v, epoch)) v = load_words(from + which * DIM + 4 * quarter);
-            ((float4*)s.heads)[thread] = opened4(v);
+            ((float4*)s.attention.heads)[thread] = opened4(v);
         }
         meet();
     }
@@ -922,8 +951,8 @@ struct Program : Place {
         constexpr int lanes = WIDTH / 8;
         int e = lane % lanes * 8;
         float key[8], value[8];
-        read8(s.heads + WIDTH + e, key);
-        read8(s.heads + 2 * WIDTH + e, value);
+        read8(s.attention.heads + WIDTH + e, key);
+        read8(s.attention.heads + 2 * WIDTH + e, value);
         turn_pairs(key, angles);
         uint4 packed_key = packed(key), packed_value = packed(value);
         float score[1] = {score_of(packed_key, query, lane < lanes)};
@@ -988,25 +1017,66 @@ struct Program : Place {
         }
         if (lane < lanes) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) s.merged[warp * WIDTH + lane % lanes * 8 + j] = sums.values[j];
+            for (int j = 0; j < 8; j++) s.attention.merged[warp * WIDTH + lane % lanes * 8 + j] = sums.values[j];
         }
-        if (lane == 0) s.merged_stats[2 * warp] = largest, s.merged_stats[2 * warp + 1] = sums.mass;
+        if (lane == 0) s.attention.merged_stats[2 * warp] = largest, s.attention.merged_stats[2 * warp + 1] = sums.mass;
     }
 
-    // Join what the warps have left to a number of the part, and hand it on with how much the part counts.
+    // Join what the warps have left to a number of the part, and hand it on with how much the part counts. Whoever has a
+    // head's last part joins it to the others, as all programs need all heads: what they read at once is in the way of
+    // the weights, and of itself.
     __device__ __forceinline__ void join_warps(int layer, int item) {
         float largest = NOTHING, total = 0.0f, all = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.merged_stats[2 * i]);
+        for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.attention.merged_stats[2 * i]);
 #pragma unroll
         for (int i = 0; i < WARPS; i++) {
-            float share = __expf(s.merged_stats[2 * i] - largest);
-            total += share * s.merged[i * WIDTH + thread];
-            all += share * s.merged_stats[2 * i + 1];
+            float share = __expf(s.attention.merged_stats[2 * i] - largest);
+            total += share * s.attention.merged[i * WIDTH + thread];
+            all += share * s.attention.merged_stats[2 * i + 1];
+        }
+        if (item % SPLITS == SPLITS - 1) {
+            float value = join_parts(layer, item - (SPLITS - 1), largest, total, all);
+            store_word(words(layer, AT_ATTENDED) + item / SPLITS * WIDTH + thread, sealed(value, epoch));
+            return;
         }
         store_word(words(layer, AT_PARTS) + item * WIDTH + thread, sealed(total, epoch));
         if (thread < 2)
             store_word(words(layer, AT_STATS) + 2 * item + thread, sealed(thread == 0 ? largest : all, epoch));
+    }
+
+    // A number of a head, from the last of its parts and the others, of which an item is the first. Programs take items in
+    // their order, so that none waits for one that comes after its own.
+    __device__ __forceinline__ float join_parts(int layer, int item, float best, float total, float mass) {
+        const u32* parts = words(layer, AT_PARTS) + item * WIDTH + thread;
+        const u32* stats = words(layer, AT_STATS) + 2 * item;
+        u32 part[SPLITS - 1];
+        uint2 stat[SPLITS - 1];
+#pragma unroll
+        for (int i = 0; i < SPLITS - 1; i++) part[i] = 0, stat[i] = make_uint2(0, 0);
+        bool waits = true;
+        while (waits) {
+            waits = false;
+#pragma unroll
+            for (int i = 0; i < SPLITS - 1; i++) {
+                if ((part[i] ^ epoch) & 3u) part[i] = load_word(parts + i * WIDTH);
+                if (((stat[i].x ^ epoch) | (stat[i].y ^ epoch)) & 3u) stat[i] = load_two(stats + 2 * i);
+            }
+#pragma unroll
+            for (int i = 0; i < SPLITS - 1; i++)
+                waits |= ((part[i] ^ epoch) | (stat[i].x ^ epoch) | (stat[i].y ^ epoch)) & 3u;
+        }
+        float largest = best;
+#pragma unroll
+        for (int i = 0; i < SPLITS - 1; i++) largest = fmaxf(largest, opened(stat[i].x));
+        float share = __expf(best - largest);
+        total *= share, mass *= share;
+#pragma unroll
+        for (int i = 0; i < SPLITS - 1; i++) {
+            share = __expf(opened(stat[i].x) - largest);
+            total += share * opened(part[i]), mass += share * opened(stat[i].y);
+        }
+        return __fdividef(total, mass);
     }
 
     // One part of one head's attention over the cache, which takes the new key and value.
@@ -1017,7 +1087,7 @@ struct Program : Place {
         float angles[8], query[8];
         Sums sums;
         read8(s.angles + e, angles);
-        read8(s.heads + e, query);
+        read8(s.attention.heads + e, query);
         turn_pairs(query, angles);
 #pragma unroll
         for (int j = 0; j < 8; j++) query[j] *= rsqrtf((float)WIDTH);
@@ -1029,53 +1099,11 @@ struct Program : Place {
         meet();
     }
 
-    // Join the parts of all heads to the row.
+    // Take what attention has made of all heads.
     __device__ __forceinline__ void take_attention(int layer) {
-        const u32* parts = words(layer, AT_PARTS);
-        const u32* stats = words(layer, AT_STATS);
-        for (int quarter = thread; quarter < DIM / 4; quarter += THREADS) {
-            int head = 4 * quarter / WIDTH, e = 4 * quarter % WIDTH;
-            uint4 v[SPLITS], t[SPLITS / 2];
-#pragma unroll
-            for (int i = 0; i < SPLITS; i++) v[i] = make_uint4(0, 0, 0, 0);
-#pragma unroll
-            for (int i = 0; i < SPLITS / 2; i++) t[i] = make_uint4(0, 0, 0, 0);
-            // Where there are many, those of a part only when the few that were written last are there.
-            constexpr bool few = SPLITS * DIM <= 4096;
-            bool waits = true;
-            while (waits) {
-                waits = false;
-#pragma unroll
-                for (int i = 0; i < SPLITS; i++) {
-                    bool written = few || (((i % 2 ? t[i / 2].z : t[i / 2].x) ^ epoch) & 3u) == 0;
-                    if (written && !is_there(v[i], epoch)) v[i] = load_words(parts + (head * SPLITS + i) * WIDTH + e);
-                }
-#pragma unroll
-                for (int i = 0; i < SPLITS / 2; i++)
-                    if (!is_there(t[i], epoch)) t[i] = load_words(stats + 2 * head * SPLITS + 4 * i);
-#pragma unroll
-                for (int i = 0; i < SPLITS; i++) waits |= !is_there(v[i], epoch);
-#pragma unroll
-                for (int i = 0; i < SPLITS / 2; i++) waits |= !is_there(t[i], epoch);
-            }
-            float largest = NOTHING;
-#pragma unroll
-            for (int i = 0; i < SPLITS / 2; i++) largest = fmaxf(largest, fmaxf(opened(t[i].x), opened(t[i].z)));
-            float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            float mass = 0.0f;
-#pragma unroll
-            for (int i = 0; i < SPLITS; i++) {
-                float best = opened(i % 2 ? t[i / 2].z : t[i / 2].x), each = opened(i % 2 ? t[i / 2].w : t[i / 2].y);
-                float share = __expf(best - largest);
-                float4 one = opened4(v[i]);
-                mass += share * each;
-                total.x += share * one.x, total.y += share * one.y;
-                total.z += share * one.z, total.w += share * one.w;
-            }
-            float over = __fdividef(1.0f, mass);
-            total = make_float4(total.x * over, total.y * over, total.z * over, total.w * over);
-            s.row.halves[quarter & 1][quarter >> 1] = split(total);
-        }
+        gather<DIM>(words(layer, AT_ATTENDED), epoch, [&](int, int quarter, float4 x) {
+            if (quarter < DIM / 4) s.row.halves[quarter & 1][quarter >> 1] = split(x);
+        });
         meet();
     }
 
@@ -1127,11 +1155,12 @@ struct Program : Place {
 
 // maps [MAPS], layers [LAYERS] and exchange [2 * LAYER_WORDS] lie in global memory; state [2] holds how many
 // launches there have been and how many programs of this one have ended; input and output are [DIM]; rotary are the
-// cosines and sines [positions, WIDTH / 2, 2]. The output of layer TAP goes to tap [DIM] and to a row of taps.
+// cosines and sines [positions, WIDTH / 2, 2]. The output of layer TAP goes to tap [DIM] and to a row of taps. Where
+// skipped [1] is not null and not nought, nothing is done.
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, const u16* input, u16* output,
-               const i64* position, const float* rotary, u16* tap, u16* taps, const i64* tap_row, int capacity,
-               float eps) {
+               const i64* position, const float* rotary, u16* tap, u16* taps, const i64* tap_row,
+               const i64* skipped, int capacity, float eps) {
     Shared& s = *(Shared*)shared_memory;
     Place place;
     place.thread = threadIdx.x;
@@ -1156,6 +1185,10 @@ resident_stack(const Map* maps, const Layer* layers, u32* exchange, u32* state, 
     Supplier supplier(s, place);
     if (place.warp == WARPS && place.lane == 0) supplier.begin();
     await_kernel();
+    if (skipped != nullptr && *(const volatile i64*)skipped != 0) {
+        if (place.warp == WARPS && place.lane == 0) supplier.drain();
+        return;
+    }
     const u32 launches = *(volatile u32*)state;
     place.capacity = capacity;
     place.position = (int)*position;

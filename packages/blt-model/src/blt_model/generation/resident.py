@@ -56,7 +56,7 @@ PHASES = (
 _MOST_PROGRAMS = 256
 """Of which stamps are kept."""
 
-ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 11, ctypes.c_int, ctypes.c_float)
+ARGUMENTS: tuple[Any, ...] = (*[ctypes.c_void_p] * 12, ctypes.c_int, ctypes.c_float)
 """The types of the kernel's arguments."""
 
 _MAP = np.dtype(
@@ -118,7 +118,7 @@ class Sizes:
     @property
     def layer_words(self) -> int:
         """Words of 32 bits that programs exchange in a layer."""
-        return 5 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
+        return 6 * self.dim + self.splits * (self.dim + 2 * self.heads) + self.hidden
 
     @property
     def slot(self) -> int:
@@ -128,12 +128,13 @@ class Sizes:
     @property
     def slots(self) -> int:
         """Of the ring: as many as there is room for."""
-        floats = max(self.dim, self.hidden) + 2 * self.dim + 4 * self.width + _WARPS * (self.width + 34)
+        attention = 3 * self.width + _WARPS * (self.width + 2)
+        floats = max(self.dim, self.hidden, attention) + 2 * self.dim + self.width + _WARPS * 32
         floats += (_WARPS + 1) * padded(self.scores)
         fixed = (
             4 * _KV_NUMBERS
             + 4 * floats
-            + 4 * self.dim
+            + 2 * self.dim * (2 if self.scores else 1)
             + 8 * 8
             + 256  # what alignment takes
             + _MAP.itemsize * self.maps
@@ -293,12 +294,19 @@ class StackTables:
         return self._maps[programs]
 
     def arguments(
-        self, x: Tensor, out: Tensor, positions: Tensor, programs: int, tap: Tap | None
+        self,
+        x: Tensor,
+        out: Tensor,
+        positions: Tensor,
+        programs: int,
+        tap: Tap | None = None,
+        skipped: Tensor | None = None,
     ) -> tuple[int | float, ...]:
         """What the kernel takes; see `ResidentStack`."""
         taps = (out, out, positions) if tap is None else (tap.out, tap.rows, tap.row)
         tensors = (self.maps(programs), self.layers, self.exchange, self.state, x, out, positions, self.rotary.table)
-        return (*(tensor.data_ptr() for tensor in (*tensors, *taps)), self.capacity, self.eps)
+        pointers = [tensor.data_ptr() for tensor in (*tensors, *taps)]
+        return (*pointers, 0 if skipped is None else skipped.data_ptr(), self.capacity, self.eps)
 
     def _make_maps(self, programs: int) -> Tensor:
         table = np.zeros(self.sizes.maps, dtype=_MAP)
@@ -395,7 +403,9 @@ class ResidentStack:
         checked(driver.cuMemcpyDtoH(kept.ctypes.data, pointer, kept.nbytes))
         return kept[:, :, :programs]
 
-    def __call__(self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, positions: Tensor, programs: int, tap: Tap | None = None, skipped: Tensor | None = None
+    ) -> Tensor:
         """Run one token.
 
         The first call after a cache was replaced makes tables, which a graph cannot capture.
@@ -405,6 +415,7 @@ class ResidentStack:
             positions: int64 [1] its position.
             programs: how many multiprocessors to take; 0 for all.
             tap: for the output of the layer that the stack's parts name.
+            skipped: int64 [1] on the device; where it is not nought, nothing is done, and the result means nothing.
 
         Returns:
             [1, dim].
@@ -418,7 +429,7 @@ class ResidentStack:
         out = torch.empty_like(x)
         kernel = _kernel(tables.sizes, x.device.index)
         stream = torch.cuda.current_stream(x.device)
-        _launch(kernel, programs, tables.arguments(x, out, positions, programs, tap), stream)
+        _launch(kernel, programs, tables.arguments(x, out, positions, programs, tap, skipped), stream)
         return out
 
 

@@ -341,15 +341,18 @@ class BLTSession:
         self._states[:size] = self._encode(tokens, positions, slots, plan)
         fork.join()
 
-    def _put_entropies(self, tokens: Tensor, plan: Plan, out: Tensor | None = None) -> None:
-        """Run the entropy model for tokens, int64 [n], and leave float32 [n] nats; None is for the usual place."""
+    def _put_entropies(self, tokens: Tensor, plan: Plan, out: Tensor | None = None, x: Tensor | None = None) -> None:
+        """Run the entropy model for tokens, int64 [n], or their embeddings, if they have been read.
+
+        Leaves float32 [n] nats; without a place to write them to, in the usual one.
+        """
         lm = self._entropy_steps
         if lm is None:
             return
-        states = lm.step(tokens, plan)
+        states = lm.step(tokens, plan, x)
         out = self._entropies if out is None else out
         if self._lm_head is not None and len(states) == 1:
-            self._lm_head.entropy(states, out)
+            self._lm_head.entropy(states, out, plan.skipped if isinstance(plan, fused.FusedStep) else None)
         elif self._is_fused:
             fused.put_entropies(states, lm.model, out)
         else:
@@ -373,7 +376,7 @@ class BLTSession:
         if self._hashes is None:
             return F.embedding(tokens, weight)
         if self._is_fused:
-            return fused.embed(tokens, positions, self._hashes, weight, average=config.average)
+            return fused.embed(tokens, positions, self._hashes, weight, average=config.average)[0]
         x = F.embedding(tokens, weight) + self._hashes.push(tokens, positions)
         return x / (1 + config.num_tables) if config.average else x
 

@@ -1,5 +1,8 @@
 """Triton kernels at both ends of a step of one token a row: its embedding, the entropy after it, the likeliest token.
 
+A step of one text may have been launched ahead; see `go_ahead`. Then a kernel of one warp waits for the host's word
+while the token is embedded.
+
 As in `kernels`, sums are taken in float32 and in a fixed order, and the module needs triton.
 
 Legend: n rows, V vocabulary, M hash tables.
@@ -12,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blt_model.generation.go_ahead import GoAhead
 from blt_model.generation.kernels import dependence
+
+
+@triton.jit
+def is_skipped(skipped, SKIPS: tl.constexpr):
+    """Whether the step that a kernel belongs to is to be skipped, as its first kernel has found."""
+    result = False
+    if SKIPS:
+        result = tl.load(skipped, volatile=True) != 0
+    return result
 
 
 @triton.jit
@@ -25,9 +38,12 @@ def _embed(
     table,
     bytes_table,
     out,
+    lm_table,
+    lm_out,
     table_size,
     offset,
     dim,
+    lm_dim,
     TABLES: tl.constexpr,
     ROOM: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -35,6 +51,8 @@ def _embed(
     OMIT: tl.constexpr,
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    LM_BLOCK: tl.constexpr,
+    MOVES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """All of one row: its history moves on by the new token, and the rows of the tables are summed, read at once."""
@@ -62,13 +80,18 @@ def _embed(
     at = table + (hashed + index * table_size)[:, None] * dim + columns[None, :]
     rows = tl.load(at, mask=present[:, None] & kept[None, :], other=0.0)
     own = tl.load(bytes_table + token * dim + columns, mask=kept, other=0.0)
+    if LM_BLOCK > 0:
+        lm_columns = tl.arange(0, LM_BLOCK)
+        lm_row = tl.load(lm_table + token * lm_dim + lm_columns, mask=lm_columns < lm_dim, other=0.0)
+        tl.store(lm_out + n * lm_dim + lm_columns, lm_row, mask=lm_columns < lm_dim)
     total = tl.sum(rows.to(tl.float32), 0) + own.to(tl.float32)
     if AVERAGE:
         total /= 1 + TABLES
     tl.store(out + n * dim + columns, total.to(out.dtype.element_ty), mask=kept)
-    # Everything was read before anything is overwritten.
-    tl.debug_barrier()
-    tl.store(symbols + n * LONGEST + back, newest, mask=inside)
+    if MOVES:
+        # Everything was read before anything is overwritten.
+        tl.debug_barrier()
+        tl.store(symbols + n * LONGEST + back, newest, mask=inside)
 
 
 def embed(
@@ -84,13 +107,15 @@ def embed(
     offset: int,
     omit_partial: bool,
     average: bool,
-) -> Tensor:
+    lm_table: Tensor | None = None,
+    moves: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Byte and n-gram embeddings of a new token of each row, which enters the row's history.
 
     Args:
         tokens: int64 [n].
         positions: int64 [n] in their documents.
-        symbols: int64 [B, longest], newest first; moved on in place.
+        symbols: int64 [B, longest], newest first.
         powers: int64 [longest, M] what a symbol counts in the hash of every table.
         sizes: int64 [M] of the n-grams.
         table: [M * table_size, dim].
@@ -99,12 +124,15 @@ def embed(
         offset: taken from a token to give its symbol.
         omit_partial: leave out n-grams that begin before the document.
         average: divide by 1 + M.
+        lm_table: [V, dim of another model] the token's row of which is wanted, too; None for none.
+        moves: whether the symbols are moved on in place.
 
     Returns:
-        [n, dim].
+        [n, dim], and [n, dim of the other model] or None.
     """
     longest, tables = powers.shape
     out = torch.empty((len(tokens), table.shape[1]), dtype=table.dtype, device=table.device)
+    lm_out = None if lm_table is None else lm_table.new_empty((len(tokens), lm_table.shape[1]))
     _embed[(len(tokens),)](
         tokens,
         positions,
@@ -114,9 +142,13 @@ def embed(
         table,
         byte_table,
         out,
+        # Pointers that are not read still have to be some.
+        out if lm_table is None else lm_table,
+        out if lm_out is None else lm_out,
         table_size,
         offset,
         table.shape[1],
+        0 if lm_table is None else lm_table.shape[1],
         TABLES=tables,
         ROOM=triton.next_power_of_2(tables),
         LONGEST=longest,
@@ -124,10 +156,73 @@ def embed(
         OMIT=omit_partial,
         AVERAGE=average,
         BLOCK=triton.next_power_of_2(table.shape[1]),
+        LM_BLOCK=0 if lm_table is None else triton.next_power_of_2(lm_table.shape[1]),
+        MOVES=moves,
         **dependence(),
         num_warps=16,
     )
-    return out
+    return out, lm_out
+
+
+@triton.jit
+def _await_word(
+    state, words, uniforms, uniform, tokens, symbols, offset, ROOM: tl.constexpr, LONGEST: tl.constexpr,
+    HISTORY: tl.constexpr, DRAWS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """One warp."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    # What is read here was written before the kernel ahead of this began. Of the lanes one looks at the host's memory,
+    # as each look takes the bus.
+    lane = tl.arange(0, 32)
+    launch = tl.load(state)
+    place = launch % ROOM + lane
+    word = tl.sum(tl.load(words + place, mask=lane == 0, other=0, volatile=True), 0)
+    while word // 2 != launch + 1:
+        word = tl.sum(tl.load(words + place, mask=lane == 0, other=0, volatile=True), 0)
+    wanted = word % 2 == 0
+    back = tl.arange(0, HISTORY)
+    older = tl.load(symbols + back - 1, mask=(back > 0) & (back < LONGEST), other=0)
+    newest = tl.where(back == 0, tl.load(tokens) - offset, older)
+    if DRAWS:
+        drawn = tl.sum(tl.load(uniforms + place, mask=lane == 0, other=0.0, volatile=True), 0)
+    if DEPENDENT:
+        # The symbols have been read by then.
+        tl.extra.cuda.gdc_wait()
+    tl.debug_barrier()
+    tl.store(state, launch + 1)
+    tl.store(state + 1, word % 2)
+    tl.store(symbols + back, newest, mask=(back < LONGEST) & wanted)
+    if DRAWS:
+        tl.store(uniform, drawn, mask=wanted)
+
+
+def await_word(go_ahead: GoAhead, tokens: Tensor, symbols: Tensor, *, offset: int, draws: bool) -> None:
+    """Wait for the host's word for this launch of one row, and where it goes on, move its history on.
+
+    Args:
+        go_ahead: takes note of the word, for the step's other kernels.
+        tokens: int64 [1] the new token.
+        symbols: int64 [1, longest] newest first, moved on in place.
+        offset: taken from a token to give its symbol.
+        draws: whether the launch's random number is wanted.
+    """
+    longest = symbols.shape[1]
+    _await_word[(1,)](
+        go_ahead.state,
+        go_ahead.words,
+        go_ahead.uniforms,
+        go_ahead.uniform,
+        tokens,
+        symbols,
+        offset,
+        ROOM=len(go_ahead.words),
+        LONGEST=longest,
+        HISTORY=triton.next_power_of_2(longest),
+        DRAWS=draws,
+        **dependence(),
+        num_warps=1,
+    )
 
 
 @triton.jit
@@ -205,15 +300,16 @@ def _likeliest(logits, token, log_probability, vocabulary, first, end, BLOCK: tl
 
 @triton.jit
 def _hand_over(
-    token, log_probability, tokens, counters, cleared, place, result, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-    BEFORE: tl.constexpr, CLEARS: tl.constexpr, DEPENDENT: tl.constexpr,
+    token, log_probability, tokens, counters, cleared, place, result, skipped, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, BEFORE: tl.constexpr, CLEARS: tl.constexpr, SKIPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The one row."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    chosen, logarithm = tl.load(token), tl.load(log_probability)
-    put_step(chosen, logarithm, tokens, counters, cleared, place, result, COUNT, BLOCK, BEFORE, CLEARS)
+    if not is_skipped(skipped, SKIPS):
+        chosen, logarithm = tl.load(token), tl.load(log_probability)
+        put_step(chosen, logarithm, tokens, counters, cleared, place, result, COUNT, BLOCK, BEFORE, CLEARS)
 
 
 def hand_over(
@@ -226,6 +322,7 @@ def hand_over(
     *,
     before: int = 0,
     cleared: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> None:
     """Leave what a step of one row has found where the next step and the host look for it.
 
@@ -239,6 +336,7 @@ def hand_over(
         result: float64 [2, 2], contiguous; may be pinned memory of the host.
         before: to subtract from the place.
         cleared: int64 [1] that is nought afterwards; None for none.
+        skipped: int64 [1]; where it is not nought, nothing is left anywhere. None for none.
     """
     _hand_over[(1,)](
         token,
@@ -248,10 +346,12 @@ def hand_over(
         counters if cleared is None else cleared,
         place,
         result,
+        counters if skipped is None else skipped,
         COUNT=counters.numel(),
         BLOCK=triton.next_power_of_2(counters.numel()),
         BEFORE=before,
         CLEARS=cleared is not None,
+        SKIPS=skipped is not None,
         **dependence(),
         num_warps=1,
     )
