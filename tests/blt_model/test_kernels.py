@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from blt_model import Generator, Request, SamplingOptions
 from blt_model.byte_lm import next_byte_entropy
 from blt_model.caches import AttentionCache
-from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Pooling, TransformerConfig
+from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Placement, Pooling, TransformerConfig
 from blt_model.cross_attention import BytesReadPatches, PatchesReadBytes
 from blt_model.generation import fused
 from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
+from blt_model.generation.patch_steps import PatchSteps
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm, pool_patches
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.layers import Block
@@ -354,6 +355,28 @@ def test_the_vectors_of_a_patch_read(
         found = fused.PatchReader(cross, states)(readers, torch.tensor([length], device=DEVICE))
         reference = cross(readers[None], *cross.keys_values(states[None]), mask[:, None, None])[0]
         assert error(found, reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("placement", [Placement.ALL, Placement.LAST])
+def test_a_patch_is_completed(kernels: ModuleType, placement: Placement, dtype: torch.dtype, seed: int) -> None:
+    """Through all layers of encoder and latent transformer to what the decoder reads, as by the plain steps."""
+    options = {"k": 2, "encoder_placement": placement}
+    model = fresh_blt(seed, cross_attention=options, encoder={"num_layers": 2}).to(DEVICE, dtype)
+    row, lengths = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([5], device=DEVICE)
+    mask = torch.arange(8, device=DEVICE)[None] < 5
+    with torch.inference_mode():
+        plain, quick = PatchSteps(model, 1), PatchSteps(model, 1, is_fused=True)
+        assert len(plain.open_bytes) == (2 if placement == Placement.ALL else 1)
+        plain.open_bytes.normal_()
+        quick.open_bytes.copy_(plain.open_bytes)
+        # At a text's second patch.
+        plan = plain.latent.plan_static(row + 1, row, plain.latent.capacity)
+        plain.complete(row, plan, 8, mask)
+        quick.complete_one(row, fused.FusedStep(row + 1, row), 8, lengths)
+        # Roundings of all layers add up.
+        assert error(quick.keys, plain.keys) < 3 * TOLERANCE[dtype]
+        assert error(quick.values, plain.values) < 3 * TOLERANCE[dtype]
 
 
 def test_norms_are_read_from_modules(kernels: ModuleType) -> None:
