@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from blt_model import Generator, Request, SamplingOptions
 from blt_model.byte_lm import next_byte_entropy
 from blt_model.caches import AttentionCache
-from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Pooling, TransformerConfig
+from blt_model.config import CrossAttentionConfig, HashEmbeddingConfig, Placement, Pooling, TransformerConfig
 from blt_model.cross_attention import BytesReadPatches, PatchesReadBytes
 from blt_model.generation import fused
 from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
+from blt_model.generation.patch_steps import PatchSteps
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm, pool_patches
 from blt_model.hash_embedding import HashEmbedding
 from blt_model.layers import Block
@@ -131,16 +132,18 @@ def test_embeddings(kernels: ModuleType, options: dict[str, Any], seed: int) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cross_attention(kernels: ModuleType, dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize("count_of_vectors", [2, 5])
+def test_cross_attention(kernels: ModuleType, count_of_vectors: int, dtype: torch.dtype, seed: int) -> None:
     """A byte of each row reads a patch, and all layers' keys and values come from one product."""
     torch.manual_seed(seed)
-    modules = [BytesReadPatches(CrossAttentionConfig(num_heads=4, k=2), 64, 1e-5).to(DEVICE) for _ in range(3)]
+    config = CrossAttentionConfig(num_heads=4, k=count_of_vectors)
+    modules = [BytesReadPatches(config, 64, 1e-5).to(DEVICE) for _ in range(3)]
     for module in modules:
         module.reset_parameters(2)
         nn.init.uniform_(module.key_norm.weight, 0.5, 1.5)
         module.to(dtype)
     layers = [CrossStep.of(module) for module in modules]
-    vectors = random(3, 2, 64, dtype=dtype)
+    vectors = random(3, count_of_vectors, 64, dtype=dtype)
     patch_keys = fused.PatchKeys(layers)
     keys, values = patch_keys(vectors)
     first = patch_keys.of_one(vectors[0])
@@ -315,26 +318,66 @@ def test_readers_weights_are_absorbed(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooling", list(Pooling))
-@pytest.mark.parametrize("length", [1, 5, 8])
-def test_a_patch_is_completed(
-    kernels: ModuleType, length: int, pooling: Pooling, dtype: torch.dtype, seed: int
+@pytest.mark.parametrize(("length", "room"), [(1, 1), (1, 8), (5, 8), (8, 8), (11, 16)])
+def test_a_patch_is_pooled(
+    kernels: ModuleType, length: int, room: int, pooling: Pooling, dtype: torch.dtype, seed: int
 ) -> None:
+    """Into sizes that are powers of two, and that are not; all numbers may be below nought."""
     torch.manual_seed(seed)
-    module = PatchesReadBytes(CrossAttentionConfig(num_heads=4, k=2), 64, 1e-5).to(DEVICE)
+    lengths = torch.tensor([length], device=DEVICE)
+    mask = torch.arange(room, device=DEVICE)[None] < length
+    for outputs, dim in [(128, 64), (90, 48)]:
+        # Room beyond the patch holds what earlier patches left.
+        states, projection = random(room, dim, dtype=dtype) - 3, random(outputs, dim, dtype=dtype) / dim**0.5
+        projection += 1
+        found = fused.pooled(states, lengths, projection, pooling)
+        # The pooled row is rounded as the prefill rounds it.
+        wanted = pool_patches(states[None], mask, pooling).double() @ projection.double().T
+        assert found.shape == (1, outputs)
+        assert error(found, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vectors", [1, 2, 5])
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_the_vectors_of_a_patch_read(
+    kernels: ModuleType, length: int, vectors: int, dtype: torch.dtype, seed: int
+) -> None:
+    """As many vectors as a kernel takes at once, and more."""
+    torch.manual_seed(seed)
+    module = PatchesReadBytes(CrossAttentionConfig(num_heads=4, k=vectors), 64, 1e-5).to(DEVICE)
     module.reset_parameters(1)
-    nn.init.uniform_(module.key_norm.weight, 0.5, 1.5)
+    for norm in (module.query_norm, module.key_norm):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
     cross = CrossStep.of(module.to(dtype))
-    states, projection = random(8, 64, dtype=dtype), random(128, 64, dtype=dtype) / 8
-    # Room beyond the patch holds what earlier patches left.
+    states, readers = random(8, 64, dtype=dtype), random(vectors, 64, dtype=dtype)
     mask = torch.arange(8, device=DEVICE)[None] < length
     with torch.no_grad():
-        pooled = fused.pooled(states, torch.tensor([length], device=DEVICE), projection, pooling)
-        wanted = F.linear(pool_patches(states[None], mask, pooling), projection)
-        assert error(pooled, wanted) < TOLERANCE[dtype]
-        vectors = wanted.view(2, 64)
-        found = fused.patch_vectors(cross, vectors, states, torch.tensor([length], device=DEVICE))
-        reference = cross(vectors[None], *cross.keys_values(states[None]), mask[:, None, None])[0]
+        found = fused.PatchReader(cross, states)(readers, torch.tensor([length], device=DEVICE))
+        reference = cross(readers[None], *cross.keys_values(states[None]), mask[:, None, None])[0]
         assert error(found, reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("placement", [Placement.ALL, Placement.LAST])
+def test_a_patch_is_completed(kernels: ModuleType, placement: Placement, dtype: torch.dtype, seed: int) -> None:
+    """Through all layers of encoder and latent transformer to what the decoder reads, as by the plain steps."""
+    options = {"k": 2, "encoder_placement": placement}
+    model = fresh_blt(seed, cross_attention=options, encoder={"num_layers": 2}).to(DEVICE, dtype)
+    row, lengths = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([5], device=DEVICE)
+    mask = torch.arange(8, device=DEVICE)[None] < 5
+    with torch.inference_mode():
+        plain, quick = PatchSteps(model, 1), PatchSteps(model, 1, is_fused=True)
+        assert len(plain.open_bytes) == (2 if placement == Placement.ALL else 1)
+        plain.open_bytes.normal_()
+        quick.open_bytes.copy_(plain.open_bytes)
+        # At a text's second patch.
+        plan = plain.latent.plan_static(row + 1, row, plain.latent.capacity)
+        plain.complete(row, plan, 8, mask)
+        quick.complete_one(row, fused.FusedStep(row + 1, row), 8, lengths)
+        # Roundings of all layers add up.
+        assert error(quick.keys, plain.keys) < 3 * TOLERANCE[dtype]
+        assert error(quick.values, plain.values) < 3 * TOLERANCE[dtype]
 
 
 def test_norms_are_read_from_modules(kernels: ModuleType) -> None:

@@ -1,7 +1,7 @@
 """The steps of `steps` by few, fused kernels, for graphs on CUDA where a step's weights are in half precision.
 
-What is fused, and why it pays, is in `kernels` and `linear_kernels`. The arithmetic differs from torch's by rounding
-only: it keeps float32 between the fused operations where torch rounds.
+What is fused, and why it pays, is in `kernels`, `linear_kernels` and `few_kernels`. The arithmetic differs from torch's
+by rounding only: it keeps float32 between the fused operations where torch rounds.
 
 Legend: n rows, K vectors of a patch, L decoder layers with cross-attention.
 """
@@ -25,6 +25,7 @@ from blt_model.config import Pooling, TransformerConfig
 from blt_model.generation import resident
 from blt_model.generation.absorbed import AbsorbedPatch, absorbed_weights
 from blt_model.generation.go_ahead import GoAhead
+from blt_model.generation.graphs import Fork
 from blt_model.generation.resident import Parts, ResidentStack
 from blt_model.generation.steps import BlockStep, CrossStep, HashHistory, Norm
 from blt_model.triton_support import HAS_TRITON
@@ -48,6 +49,14 @@ def _linear_kernels() -> ModuleType:
     from blt_model.generation import linear_kernels
 
     return linear_kernels
+
+
+@functools.cache
+def _few_kernels() -> ModuleType:
+    """The kernels of linear maps of a few rows; loading them loads triton."""
+    from blt_model.generation import few_kernels
+
+    return few_kernels
 
 
 @functools.cache
@@ -242,8 +251,8 @@ class PatchKeys:
 
     def of_one(self, vectors: Tensor) -> Tensor:
         """Keys, and after them values, [K, L, 2, H, E], contiguous, of the vectors [K, dim] of one patch."""
-        flat = F.rms_norm(vectors, vectors.shape[1:], None, self._eps)
-        return F.linear(flat, self._weight.flatten(0, 1)).view(len(flat), len(self._weight), 2, -1, self._width)
+        heads: Tensor = _few_kernels().few_rows(vectors, self._weight.flatten(0, 1), eps=self._eps)
+        return heads.view(len(vectors), len(self._weight), 2, -1, self._width)
 
 
 class Absorption:
@@ -278,19 +287,39 @@ def hand_over(
     _token_kernels().hand_over(token, log_probability, tokens, counters, place, result, **options)
 
 
-def patch_vectors(cross: CrossStep, vectors: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
-    """Let a patch's vectors [K, dim] read its bytes, the first int64 [1] of [S, dim]; see `CrossStep`."""
-    query = F.linear(cross.query_norm(vectors), cross.query)
-    heads = F.linear(cross.key_norm(states), cross.key_value)
-    mixed = _patch_kernels().read_bytes(query, heads, lengths, cross.head_dim)
-    result: Tensor = _linear_kernels().linear(mixed, cross.output, residual=vectors, residual_scale=cross.residual)
-    return result
+class PatchReader:
+    """A patch's vectors as readers of its bytes, with one layer's cross-attention; see `CrossStep`.
+
+    What the bytes give is made beside all that is started before the vectors read.
+    """
+
+    def __init__(self, cross: CrossStep, states: Tensor) -> None:
+        """Begin with the keys and values of the bytes.
+
+        Args:
+            cross: the layer's parameters.
+            states: [S, dim] the bytes, and what lies after them.
+        """
+        self._cross = cross
+        # What is used after the lines have joined is allocated on the first of them.
+        self._heads = states.new_empty((len(states), len(cross.key_value)))
+        self._fork = Fork(states.device)
+        with self._fork.branch():
+            torch.mm(cross.key_norm(states), cross.key_value.T, out=self._heads)
+
+    def __call__(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+        """Let vectors [K, dim] read as many of the bytes as int64 [1] says; gives [K, dim]. Once only."""
+        cross, linear = self._cross, _few_kernels().few_rows
+        query = linear(vectors, cross.query, norm=cross.query_norm.weight, eps=cross.query_norm.eps)
+        self._fork.join()
+        mixed = _patch_kernels().read_bytes(query, self._heads, lengths, cross.head_dim)
+        result: Tensor = linear(mixed, cross.output, residual=vectors, residual_scale=float(cross.residual))
+        return result
 
 
 def pooled(states: Tensor, lengths: Tensor, projection: Tensor, pooling: Pooling) -> Tensor:
     """Pool the first int64 [1] bytes of [S, dim] and map them to [1, K * dim]."""
-    mean = _patch_kernels().pool(states, lengths, mean=pooling == Pooling.MEAN)
-    result: Tensor = _linear_kernels().linear(mean, projection)
+    result: Tensor = _patch_kernels().map_pooled(states, lengths, projection, mean=pooling == Pooling.MEAN)
     return result
 
 

@@ -1,7 +1,8 @@
 """A linear map of one row of few, by a Triton kernel that has its weights under way before it may read the row.
 
 With what comes before it (normalisation, or the joining of attention's parts) and after it (residual, SwiGLU) it is one
-launch. More rows than one go through torch's matrix products, with kernels for what is around them.
+launch. More rows than one go through torch's matrix products, with kernels for what is around them; `few_kernels` has
+another way for the few rows that the vectors of one patch are.
 
 A chain of such maps costs what reading the weights costs only if reading never stops. So every program begins with
 loads that depend on nothing, and then lets the next kernel begin: as soon as the first programs end, its are loading.
@@ -30,7 +31,7 @@ _HELD = 44
 
 
 @triton.jit
-def _words(pointers, mask, EXACT: tl.constexpr):
+def words_at(pointers, mask, EXACT: tl.constexpr):
     """What lies there, or nought where it is masked; masks cost time where nothing is."""
     if EXACT:  # noqa: SIM108  # triton compiles only the branch that is taken
         words = tl.load(pointers)
@@ -40,11 +41,11 @@ def _words(pointers, mask, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _chunk(weights, row, kept, chunk, WORDS: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+def chunk_of(weights, row, kept, chunk, WORDS: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """A chunk of the weights of some outputs, [EACH, GROUPS, CHUNK] of outputs [EACH, GROUPS]."""
     k = chunk * CHUNK + tl.arange(0, CHUNK)
     pointers = weights + row[:, :, None] * WORDS + k[None, None, :]
-    return _words(pointers, kept[:, :, None] & (k < WORDS)[None, None, :], EXACT)
+    return words_at(pointers, kept[:, :, None] & (k < WORDS)[None, None, :], EXACT)
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def _pairs(values, CHUNK: tl.constexpr, held: tl.constexpr):
 
 
 @triton.jit
-def _added(sums, words, low, high, kind: tl.constexpr):
+def added(sums, words, low, high, kind: tl.constexpr):
     """Sums [EACH, GROUPS, CHUNK] and the products of a chunk of weights; two steps, as each is one instruction."""
     first, second = numbers(words, kind)
     sums += first * low[None, :, :]
@@ -125,9 +126,9 @@ def outputs_of_one(
     # Weights depend on no other kernel: the first of them are under way before the wait.
     tiles = tl.tuple(())
     for chunk in tl.static_range(begun):
-        tiles = tiles + (_chunk(own, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
+        tiles = tiles + (chunk_of(own, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
         if GATED:
-            tiles = tiles + (_chunk(other, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
+            tiles = tiles + (chunk_of(other, row, kept, chunk, WORDS, CHUNK, EXACT),)  # noqa: RUF005
     if DEPENDENT:
         # Earlier, and the next kernel's waiting programs would take room from what runs beside.
         tl.extra.cuda.gdc_launch_dependents()
@@ -142,20 +143,20 @@ def outputs_of_one(
         if SPLITS > 0:
             low, high = _pairs(_joined(x, stats, 0, SPLITS, HEADS, ROOM, WIDTH), CHUNK, held)
         else:
-            low, high = numbers(_words(x + chunk * CHUNK + mine, inside, EXACT), kind)
+            low, high = numbers(words_at(x + chunk * CHUNK + mine, inside, EXACT), kind)
         if NORM:
             squares += low * low + high * high
-            low_scale, high_scale = numbers(_words(norm + chunk * CHUNK + mine, inside, EXACT), kind)
+            low_scale, high_scale = numbers(words_at(norm + chunk * CHUNK + mine, inside, EXACT), kind)
             low, high = low * low_scale, high * high_scale
         if chunk + AHEAD < chunks:
-            tiles = tiles + (_chunk(own, row, kept, chunk + AHEAD, WORDS, CHUNK, EXACT),)  # noqa: RUF005
+            tiles = tiles + (chunk_of(own, row, kept, chunk + AHEAD, WORDS, CHUNK, EXACT),)  # noqa: RUF005
             if GATED:
-                tiles = tiles + (_chunk(other, row, kept, chunk + AHEAD, WORDS, CHUNK, EXACT),)  # noqa: RUF005
+                tiles = tiles + (chunk_of(other, row, kept, chunk + AHEAD, WORDS, CHUNK, EXACT),)  # noqa: RUF005
         if GATED:
-            gate_sums = _added(gate_sums, tiles[2 * chunk], low, high, kind)
-            sums = _added(sums, tiles[2 * chunk + 1], low, high, kind)
+            gate_sums = added(gate_sums, tiles[2 * chunk], low, high, kind)
+            sums = added(sums, tiles[2 * chunk + 1], low, high, kind)
         else:
-            sums = _added(sums, tiles[chunk], low, high, kind)
+            sums = added(sums, tiles[chunk], low, high, kind)
     return _summed(sums, gate_sums, squares, WORDS * held, eps, NORM, GATED), start + row, kept
 
 

@@ -15,41 +15,96 @@ from torch import Tensor
 
 from blt_model.generation.absorbed import AbsorbedPatch
 from blt_model.generation.kernels import KINDS, dependence, numbers
+from blt_model.generation.linear_kernels import added, chunk_of, linear_shape
+
+_AT_ONCE = 8
+"""Bytes that are read at once where a patch is pooled, as many as most patches have."""
 
 
 @triton.jit
-def _pool(states, lengths, out, dim, MEAN: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """Some columns of all bytes."""
+def _pooled(
+    states, length, kind: tl.constexpr, WORDS: tl.constexpr, MEAN: tl.constexpr, CHUNK: tl.constexpr,
+    PLACES: tl.constexpr,
+):  # fmt: skip
+    """The maximum or mean of the first bytes, rounded as they are, as `numbers` gives those of words, [1, CHUNK] each.
+
+    There are so many words, and nought beyond them; PLACES bytes are under way at once.
+    """
+    word = tl.arange(0, CHUNK)[None, :]
+    nought = tl.zeros([1, CHUNK], dtype=tl.int32)
+    low = tl.full([1, CHUNK], 0.0 if MEAN else -float("inf"), dtype=tl.float32)
+    high = low
+    for first in range(0, length, PLACES):
+        rows = tl.tuple(())
+        for place in tl.static_range(PLACES):
+            at = nought + first + place
+            mask = (at < length) & (word < WORDS)
+            rows = rows + (tl.load(states + at * WORDS + word, mask=mask, other=0),)  # noqa: RUF005
+        for place in tl.static_range(PLACES):
+            one, other = numbers(rows[place], kind)
+            if MEAN:
+                low += one
+                high += other
+            else:
+                inside = nought + first + place < length
+                low = tl.where(inside, tl.maximum(low, one), low)
+                high = tl.where(inside, tl.maximum(high, other), high)
+    if MEAN:
+        low, high = low / length, high / length
+    return low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
+
+
+@triton.jit
+def _map_pooled(
+    states, lengths, weight, out, outputs, kind: tl.constexpr, WORDS: tl.constexpr, MEAN: tl.constexpr,
+    EACH: tl.constexpr, CHUNK: tl.constexpr, PLACES: tl.constexpr, EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Some outputs; every program pools for itself while its weights are under way."""
+    start = tl.program_id(0) * EACH
+    row = tl.arange(0, EACH)[:, None]
+    kept = start + row < outputs
+    # Weights depend on no other kernel.
+    tile = chunk_of(weight + start.to(tl.int64) * WORDS, row, kept, 0, WORDS, CHUNK, EXACT)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    length = tl.load(lengths).to(tl.int32)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    kept = column < dim
-    total = tl.full([BLOCK], 0.0 if MEAN else -float("inf"), dtype=tl.float32)
-    for place in range(length):
-        row = tl.load(states + place * dim + column, mask=kept, other=0.0).to(tl.float32)
-        total = total + row if MEAN else tl.maximum(total, row)
-    if MEAN:
-        total = total / length
-    tl.store(out + column, total.to(out.dtype.element_ty), mask=kept)
+    low, high = _pooled(states, tl.load(lengths).to(tl.int32), kind, WORDS, MEAN, CHUNK, PLACES)
+    sums = added(tl.zeros([EACH, 1, CHUNK], dtype=tl.float32), tile, low, high, kind)
+    tl.store(out + start + row, tl.sum(sums, 2).to(out.dtype.element_ty), mask=kept)
 
 
-def pool(states: Tensor, lengths: Tensor, *, mean: bool) -> Tensor:
-    """Pool the bytes of one open patch.
+def map_pooled(states: Tensor, lengths: Tensor, weight: Tensor, *, mean: bool) -> Tensor:
+    """Pool the bytes of one open patch and map what that gives.
 
     Args:
-        states: [S, dim] contiguous.
+        states: [S, dim] contiguous, of the weight's dtype.
         lengths: int64 [1] how many of them there are, at least 1.
-        mean: their mean, not their maximum.
+        weight: [N, dim] contiguous.
+        mean: their mean, not their maximum; either is rounded to the weight's dtype before it is mapped.
 
     Returns:
-        [1, dim].
+        [1, N].
     """
-    dim = states.shape[1]
-    out = states.new_empty((1, dim))
-    block = 64
-    _pool[(triton.cdiv(dim, block),)](states, lengths, out, dim, MEAN=mean, BLOCK=block, **dependence(), num_warps=2)
+    outputs, words = len(weight), weight.shape[1] * weight.element_size() // 4
+    # All words in one chunk, so that a program pools but once, as one joins attention's parts but once.
+    shape = linear_shape(outputs, words, gated=False, joined=True)
+    out = states.new_empty((1, outputs))
+    _map_pooled[(triton.cdiv(outputs, shape.rows),)](
+        states.view(torch.int32),
+        lengths,
+        weight.view(torch.int32),
+        out,
+        outputs,
+        kind=KINDS[weight.dtype],
+        WORDS=words,
+        MEAN=mean,
+        EACH=shape.rows,
+        CHUNK=shape.chunk,
+        PLACES=_AT_ONCE,
+        EXACT=outputs % shape.rows == 0 and words == shape.chunk,
+        **dependence(),
+        num_warps=shape.warps,
+    )
     return out
 
 

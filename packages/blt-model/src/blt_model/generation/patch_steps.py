@@ -99,14 +99,14 @@ class PatchSteps:
             longest: S.
             lengths: int64 [1] bytes of the patch.
         """
-        vectors: Tensor | None = None
-        for cross, held in zip(self._encoder_cross, self.open_bytes[:, 0, :longest], strict=True):
-            if vectors is None:
-                pooled = fused.pooled(held, lengths, self._pool_projection, self._config.cross_attention.pooling)
-                vectors = pooled.view(self._config.cross_attention.k, -1)
-            vectors = fused.patch_vectors(cross, vectors, held, lengths)
-        if vectors is None:
+        held = self.open_bytes[:, 0, :longest]
+        readers = [fused.PatchReader(*of_layer) for of_layer in zip(self._encoder_cross, held, strict=True)]
+        if not readers:
             raise RuntimeError("the local encoder has no cross-attention layer")
+        pooled = fused.pooled(held[0], lengths, self._pool_projection, self._config.cross_attention.pooling)
+        vectors = pooled.view(self._config.cross_attention.k, -1)
+        for reader in readers:
+            vectors = reader(vectors, lengths)
         self._run(rows, vectors[None], step)
 
     def _run(self, rows: Tensor, vectors: Tensor, step: AttentionStep | fused.FusedStep) -> None:
