@@ -486,7 +486,7 @@ def test_cuda_one_text_in_half_precision(seed: int) -> None:
     assert fused.available(entropy_model)
     recorder = Recorder(EntropyScheme(threshold=threshold, max_patch_length=40))
     generator = Generator(model, new_patcher=recorder, entropy_model=entropy_model)
-    judge, lm_judge = (copy.deepcopy(module).float().cpu() for module in (model, entropy_model))
+    judge, lm_judge = copy.deepcopy(model).float().cpu(), copy.deepcopy(entropy_model).float().cpu()
     # What is found, against what it should be and against what it would be a byte late.
     entropy_errors, late_entropy_errors = [], []
     errors: dict[bool, list[float]] = {False: [], True: []}

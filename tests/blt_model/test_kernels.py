@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
-from tests.blt_model.generation_oracle import fresh_blt, fresh_byte_lm, fresh_seed, run_uncaptured
+from tests.blt_model.generation_oracle import Odd, fresh_blt, fresh_byte_lm, fresh_seed, run_uncaptured
 from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor, nn
 
@@ -191,6 +191,18 @@ def test_a_step_is_handed_over(kernels: ModuleType, before: int) -> None:
         assert length.tolist() == [0 if step else 9]
         assert result[(step + before) % 2].tolist() == [token, -1.25]
     assert result[before].tolist() == [77.0, -1.25]
+    state = [part.tolist() for part in (tokens, counters, length, result)]
+    skipped = torch.tensor([1], device=DEVICE)
+    options: dict[str, Any] = {"before": before, "cleared": length}
+    length.fill_(9)
+    state[2] = [9]
+    taken = torch.tensor([79], device=DEVICE)
+    fused.hand_over(taken, log_probability, tokens, counters, counters[:1], result, **options, skipped=skipped)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert [part.tolist() for part in (tokens, counters, length, result)] == state
+    fused.hand_over(taken, log_probability, tokens, counters, counters[:1], result, **options, skipped=skipped - 1)
+    assert tokens.tolist() == [79]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,6 +233,16 @@ def test_a_head_chooses(kernels: ModuleType, vocabulary: int, dim: int, dtype: t
         assert counters.tolist() == [5 + step, 6 + step]
         assert length.tolist() == [9 if step < 2 else 0]
     assert entropy[1] == 0
+    state = [part.tolist() for part in (tokens, counters, length, result, entropy)]
+    skipped = torch.tensor([1], device=DEVICE)
+    head.entropy(-x, entropy, skipped)
+    head.likeliest(-x, tokens, counters, counters[:1], result, before=1, cleared=length, skipped=skipped)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert [part.tolist() for part in (tokens, counters, length, result, entropy)] == state
+    # What is no number is told apart from what has not come.
+    head.entropy(x * torch.nan, entropy, skipped - 1)
+    assert float(entropy[0]) == float("inf")
 
 
 @pytest.mark.skipif(CUDA, reason="compares bytes, which half precision leaves to rounding")
@@ -254,16 +276,6 @@ def test_results_are_not_those_of_a_trial(kernels: ModuleType, seed: int, monkey
     """A device works while the host goes on: what the trial before a capture leaves must not be taken for a result."""
     one = {"num_layers": 1}
     model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
-
-    class Odd:
-        """Patches that end where the fiftieths of entropies are odd, so that every entropy matters."""
-
-        def reset(self) -> None:
-            """Nothing is kept."""
-
-        def push(self, token_id: int, entropy: float) -> bool:
-            """Every token's entropy decides anew."""
-            return token_id == 1 or round(entropy * 50) % 2 == 1
 
     def generate() -> tuple[bytes, int]:
         generator = Generator(model, new_patcher=Odd, entropy_model=entropy_model)

@@ -244,6 +244,24 @@ def test_equals_blocks_in_float64(
         check(stack, position + turn, run)
 
 
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_skipped_launch_does_nothing(emulator: Emulator, in_flight: int) -> None:
+    """Nor does it keep the next one from doing what it would have done."""
+    stack = Stack(SMALL, torch.bfloat16, "cpu", crossed=())
+    stack.fill(5)
+    tables = StackTables(stack.parts(), resident.Manner(slot=8_192, in_flight=in_flight))
+    check(stack, 5, lambda x, tap: emulator.run(tables, x, 5, 3, 0, tap))
+    kept = [tensor.clone() for tensor in (tables.exchange, tables.state, stack.cache.keys, stack.cache.values)]
+    tap, x = stack.taps(), stack.numbers(1, SMALL.dim)
+    out = emulator.run(tables, x, 6, 3, 1, tap, torch.tensor([1]))
+    assert tap is not None
+    assert out.isnan().all()
+    assert not tap.out.any()
+    for tensor, value in zip((tables.exchange, tables.state, stack.cache.keys, stack.cache.values), kept, strict=True):
+        assert torch.equal(tensor.nan_to_num(), value.nan_to_num())
+    check(stack, 6, lambda x, tap: emulator.run(tables, x, 6, 3, 2, tap, torch.tensor([0])))
+
+
 @pytest.mark.parametrize(("vectors", "scores"), [(9, 36), (1, 4)])
 def test_reads_patches_of_many_vectors(emulator: Emulator, vectors: int, scores: int) -> None:
     """Scores that fill more than the matrix units take at once, or less, and answers of several slots."""
@@ -364,7 +382,9 @@ def test_equals_blocks_in_float64_on_cuda(
         at = torch.tensor([position + turn], device="cuda")
 
         def twice(x: Tensor, tap: Tap | None, at: Tensor = at, programs: int = programs) -> Tensor:
-            found = run(x, at, programs, tap)
+            skipped = torch.ones(1, dtype=torch.int64, device="cuda")
+            run(x, at, programs, tap, skipped)
+            found = run(x, at, programs, tap, skipped - 1)
             assert torch.equal(run(x, at, programs, tap), found)
             return found
 

@@ -92,17 +92,16 @@ def _linear_few(
 def few_shape(outputs: int, words: int) -> LinearShape:
     """The launch shape for a map of a few rows.
 
-    As for one row, but where there are many outputs a program takes twice as many, which share what it reads of the
-    rows. A row then adds 8 registers of a thread for its sums and 4 for its squares.
+    As for one row, but where there are many outputs a program takes twice as many, with half the warps, so that what it
+    reads of the rows serves more: measured on an H200 for 18,432 outputs of two rows of 1,024.
 
     Args:
         outputs: N.
         words: of 32 bits, of an output's weights.
     """
-    one = linear_shape(outputs, words, gated=False, joined=False)
     if outputs < 16 * 256:
-        return one
-    return LinearShape(rows=8, chunk=one.chunk, warps=one.warps, ahead=min(one.ahead, 5))
+        return linear_shape(outputs, words, gated=False, joined=False)
+    return LinearShape(rows=8, chunk=256, warps=2, ahead=2)
 
 
 def few_rows(

@@ -198,7 +198,7 @@ class BLTSession:
         self._programs = Programs.of(self.device, has_entropy_model=entropy_model is not None)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
         self._lm_head = fused.Head.of(entropy_model) if entropy_model is not None and self._is_fused else None
-        self._numbers = StepNumbers(3, rows, self.device)
+        self._numbers = StepNumbers(4, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._positions = np.zeros(rows, dtype=np.int64)
@@ -328,7 +328,7 @@ class BLTSession:
         return cache.plan_static(positions, rows, length)
 
     def _encode_static(self, size: int) -> None:
-        positions, open_lengths, lm_positions = self._numbers.device[:, :size]
+        positions, open_lengths, lm_positions = self._numbers.device[:3, :size]
         tokens = self._tokens[:size]
         plan = self._plan_static(self._encoder, positions, None, self._encoder.capacity, self._programs.model)
         slots = torch.arange(size, device=self.device) * self._patch_steps.open_capacity + open_lengths

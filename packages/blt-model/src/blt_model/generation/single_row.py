@@ -82,6 +82,8 @@ class SingleRowSession(BLTSession):
         self._numbers.host[:2] = self._positions, self._open_lengths
         if self._entropy_steps is not None:
             self._numbers.host[2] = self._entropy_steps.positions
+        # All are counted up by a step; so this is what the first was before.
+        self._numbers.host[3] = self._positions - 1
         self._numbers.upload()
 
     def _new_go_ahead(self) -> GoAhead | None:
@@ -193,7 +195,7 @@ class SingleRowSession(BLTSession):
         return number
 
     def _ahead(self) -> None:
-        positions, open_lengths, lm_positions = self._numbers.device
+        positions, open_lengths, lm_positions, _ = self._numbers.device
         lm, whole, go_ahead = self._entropy_steps, self._stacks.whole, self._go_ahead
         skipped = None if go_ahead is None else go_ahead.skipped
         uniform = self._uniform if go_ahead is None else go_ahead.uniform
@@ -252,8 +254,7 @@ class SingleRowSession(BLTSession):
 
     def _again(self, longest: int | None) -> None:
         """Do what a complete patch changes; its length's next power of two is None if it has been run."""
-        positions, open_lengths, _ = self._numbers.device
-        before = positions - 1
+        open_lengths, before = self._numbers.device[1], self._numbers.device[3]
         if longest is not None:
             step = fused.FusedStep(self._patch_position, self._row)
             self._patch_steps.complete_one(self._row, step, longest, open_lengths)

@@ -180,7 +180,6 @@ def _await_word(
     word = tl.sum(tl.load(words + place, mask=lane == 0, other=0, volatile=True), 0)
     while word // 2 != launch + 1:
         word = tl.sum(tl.load(words + place, mask=lane == 0, other=0, volatile=True), 0)
-    wanted = word % 2 == 0
     back = tl.arange(0, HISTORY)
     older = tl.load(symbols + back - 1, mask=(back > 0) & (back < LONGEST), other=0)
     newest = tl.where(back == 0, tl.load(tokens) - offset, older)
@@ -192,9 +191,10 @@ def _await_word(
     tl.debug_barrier()
     tl.store(state, launch + 1)
     tl.store(state + 1, word % 2)
-    tl.store(symbols + back, newest, mask=(back < LONGEST) & wanted)
-    if DRAWS:
-        tl.store(uniform, drawn, mask=wanted)
+    if word % 2 == 0:
+        tl.store(symbols + back, newest, mask=back < LONGEST)
+        if DRAWS:
+            tl.store(uniform, drawn)
 
 
 def await_word(go_ahead: GoAhead, tokens: Tensor, symbols: Tensor, *, offset: int, draws: bool) -> None:
