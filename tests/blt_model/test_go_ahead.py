@@ -186,7 +186,7 @@ def test_a_word_is_waited_for(device: ThreadPoolExecutor) -> None:
         go_ahead.begin(turn / 16)
 
         def run(token: Tensor = token) -> None:
-            fused.await_word(go_ahead, token, hashes, draws=True)
+            fused.await_word(go_ahead, 10 * token, token, hashes, draws=True)
             if CUDA:
                 torch.cuda.synchronize()
 
@@ -195,9 +195,10 @@ def test_a_word_is_waited_for(device: ThreadPoolExecutor) -> None:
             launch.result(timeout=0.05)
         go_ahead.say(wanted=wanted)
         launch.result(timeout=100)
-        assert go_ahead.state.tolist() == [turn + 1, not wanted]
+        assert go_ahead.state[:2].tolist() == [turn + 1, not wanted]
         assert int(go_ahead.skipped) == (not wanted)
         if wanted:
+            assert int(go_ahead.place) == 10 * int(token)
             expected = [100 + turn, *expected[:-1]]
         assert hashes.symbols[0].tolist() == expected
         assert float(go_ahead.uniform) == (turn / 16 if wanted else float(before))

@@ -210,9 +210,9 @@ def embed(
     return result
 
 
-def await_word(go_ahead: GoAhead, tokens: Tensor, hashes: HashHistory, *, draws: bool) -> None:
+def await_word(go_ahead: GoAhead, places: Tensor, tokens: Tensor, hashes: HashHistory, *, draws: bool) -> None:
     """Wait for the word for a launch of one row, and where it goes on, move its history on; see `token_kernels`."""
-    _token_kernels().await_word(go_ahead, tokens, hashes.symbols, offset=hashes.offset, draws=draws)
+    _token_kernels().await_word(go_ahead, places, tokens, hashes.symbols, offset=hashes.offset, draws=draws)
 
 
 def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:

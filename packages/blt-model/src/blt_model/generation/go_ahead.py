@@ -31,8 +31,8 @@ class GoAhead:
     def __init__(self, device: torch.device) -> None:
         """Count launches from nought."""
         pinned = device.type == "cuda"
-        self.state = torch.zeros(2, dtype=torch.int64, device=device)
-        """int64 [2] on the device: launches that have had their word, and whether the last was to be skipped."""
+        self.state = torch.zeros(3, dtype=torch.int64, device=device)
+        """int64 [3] on the device: launches that have had their word; whether the last was to be skipped; a place."""
         self.words = torch.zeros(ROOM, dtype=torch.int64, pin_memory=pinned)
         """int64 [ROOM] of the host: launch i, from nought, finds 2 (i + 1) at i modulo ROOM, or 1 more if unwanted."""
         self.uniforms = torch.zeros(ROOM, dtype=torch.float64, pin_memory=pinned)
@@ -45,7 +45,12 @@ class GoAhead:
     @property
     def skipped(self) -> Tensor:
         """int64 [1] on the device, not nought while the present launch is to be skipped."""
-        return self.state[1:]
+        return self.state[1:2]
+
+    @property
+    def place(self) -> Tensor:
+        """int64 [1] on the device, the place of the present launch, for kernels that run beside what counts it up."""
+        return self.state[2:]
 
     def begin(self, uniform: float) -> None:
         """Count a launch, which is about to be made, with its random number."""

@@ -201,7 +201,8 @@ class SingleRowSession(BLTSession):
         uniform = self._uniform if go_ahead is None else go_ahead.uniform
         x = lm_x = None
         if go_ahead is not None:
-            x, lm_x = self._embed_ahead(positions, go_ahead)
+            x, lm_x = self._embed_ahead(go_ahead)
+            lm_positions = go_ahead.place
         elif not self._is_likeliest:
             uniform.copy_(self._host_uniform, non_blocking=True)
         fork = Fork(self.device)
@@ -220,24 +221,28 @@ class SingleRowSession(BLTSession):
             tap = Tap(self._states, self._patch_steps.open_bytes[0, 0], open_lengths)
             x = whole(x, positions, self._programs.model, tap, skipped)
         chosen = self._chosen(x, uniform)
-        # The other line has read the counters by then, and what it changes is there.
-        fork.join()
+        if go_ahead is None:
+            # The other line has read the counters by then, and what it changes is there.
+            fork.join()
         if lm is not None and lm.context_start is not None:
             lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
         if lm is not None and not self._is_fused:
             self._host_entropy.copy_(self._entropies[:1], non_blocking=True)
         self._hand_over(x, chosen, self._numbers.device.view(-1), self._results[0], before=0, skipped=skipped)
+        # The other line has its place from elsewhere, so that neither line waits for the other's end.
+        fork.join()
 
-    def _embed_ahead(self, positions: Tensor, go_ahead: GoAhead) -> tuple[Tensor, Tensor | None]:
+    def _embed_ahead(self, go_ahead: GoAhead) -> tuple[Tensor, Tensor | None]:
         """Embed the present token for the encoder and the entropy model, and wait for the word."""
         lm, config = self._entropy_steps, self._model.config.hash_embedding
         if lm is None or config is None or self._hashes is None:
             raise RuntimeError("no word is waited for without an entropy model and hash embeddings")
         weight = self._model.encoder.embedding.weight
+        positions, _, lm_positions, _ = self._numbers.device
         embedded = fused.embed(
             self._tokens, positions, self._hashes, weight, average=config.average, lm_table=lm.embedding, moves=False
         )
-        fused.await_word(go_ahead, self._tokens, self._hashes, draws=not self._is_likeliest)
+        fused.await_word(go_ahead, lm_positions, self._tokens, self._hashes, draws=not self._is_likeliest)
         return embedded
 
     def _take_patch(self) -> None:

@@ -166,7 +166,7 @@ def embed(
 
 @triton.jit
 def _await_word(
-    state, words, uniforms, uniform, tokens, symbols, offset, ROOM: tl.constexpr, LONGEST: tl.constexpr,
+    state, words, uniforms, uniform, places, tokens, symbols, offset, ROOM: tl.constexpr, LONGEST: tl.constexpr,
     HISTORY: tl.constexpr, DRAWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One warp."""
@@ -185,23 +185,25 @@ def _await_word(
     newest = tl.where(back == 0, tl.load(tokens) - offset, older)
     if DRAWS:
         drawn = tl.sum(tl.load(uniforms + place, mask=lane == 0, other=0.0, volatile=True), 0)
-    if DEPENDENT:
-        # The symbols have been read by then.
-        tl.extra.cuda.gdc_wait()
-    tl.debug_barrier()
     tl.store(state, launch + 1)
     tl.store(state + 1, word % 2)
     if word % 2 == 0:
+        tl.store(state + 2, tl.load(places))
+        if DEPENDENT:
+            # The symbols have been read by then.
+            tl.extra.cuda.gdc_wait()
+        tl.debug_barrier()
         tl.store(symbols + back, newest, mask=back < LONGEST)
         if DRAWS:
             tl.store(uniform, drawn)
 
 
-def await_word(go_ahead: GoAhead, tokens: Tensor, symbols: Tensor, *, offset: int, draws: bool) -> None:
+def await_word(go_ahead: GoAhead, places: Tensor, tokens: Tensor, symbols: Tensor, *, offset: int, draws: bool) -> None:
     """Wait for the host's word for this launch of one row, and where it goes on, move its history on.
 
     Args:
-        go_ahead: takes note of the word, for the step's other kernels.
+        go_ahead: takes note of the word and of the place, for the step's other kernels.
+        places: int64 [1] the place.
         tokens: int64 [1] the new token.
         symbols: int64 [1, longest] newest first, moved on in place.
         offset: taken from a token to give its symbol.
@@ -213,6 +215,7 @@ def await_word(go_ahead: GoAhead, tokens: Tensor, symbols: Tensor, *, offset: in
         go_ahead.words,
         go_ahead.uniforms,
         go_ahead.uniform,
+        places,
         tokens,
         symbols,
         offset,
