@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests.blt_model.generation_oracle import Odd, fresh_blt, fresh_byte_lm, fresh_seed, run_uncaptured
 from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
-from torch import Tensor
+from torch import Tensor, nn
 
 from blt_model import BLT, ByteLM, Generator, Request, SamplingOptions
 from blt_model.config import HashEmbeddingConfig
@@ -172,6 +172,7 @@ def test_entropies_that_are_no_numbers(device: ThreadPoolExecutor, seed: int, mo
 def history() -> HashHistory:
     torch.manual_seed(0)
     module = HashEmbedding(HashEmbeddingConfig(table_size=97), 32).to(DEVICE)
+    nn.init.normal_(module.weight)
     return HashHistory(module, 1)
 
 
