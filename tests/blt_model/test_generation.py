@@ -435,6 +435,8 @@ def test_steps_of_fixed_shapes(options: dict[str, Any], seed: int, monkeypatch: 
         for sampling in options_of
     ]
     contents = []
+    # In float64, as a draw beside a boundary may fall on its other side by rounding: in float32 once in 200 runs.
+    model, entropy_model = model.double(), entropy_model.double()
     for rows in (1, 3):
         generator = Generator(
             model, new_patcher=lambda: IncrementalPatcher(scheme), entropy_model=entropy_model, rows=rows

@@ -84,9 +84,9 @@ def test_neighbours_and_order_change_nothing(model: ByteLM) -> None:
         np.testing.assert_allclose(packed.astype(np.float64), expected, rtol=2**-10, atol=1e-6)
 
 
-def restarted_entropies(model: ByteLM, document: bytes) -> npt.NDArray[np.float64]:
-    """The naive form of the reset at new lines: cut before every newline token, score each piece alone in float64."""
-    wide = copy.deepcopy(model).double()
+def restarted_entropies(model: ByteLM, document: bytes, dtype: torch.dtype = torch.float64) -> npt.NDArray[np.float64]:
+    """The naive form of the reset at new lines: cut before every newline token, score each piece alone."""
+    wide = copy.deepcopy(model).to(dtype)
     pieces: list[list[int]] = [[]]
     for token in frame(document).tolist():
         if token == ord("\n") + 4:
@@ -97,9 +97,9 @@ def restarted_entropies(model: ByteLM, document: bytes) -> npt.NDArray[np.float6
         tokens = torch.tensor(piece)
         batch = PackedBatch(tokens=tokens, document_offsets=torch.tensor([0, len(tokens)], dtype=torch.int32))
         with torch.inference_mode():
-            probabilities = wide(batch).softmax(-1)
-        nats.append(-(probabilities * probabilities.log()).sum(-1).numpy())
-    return np.concatenate(nats)
+            logarithms = wide(batch).log_softmax(-1)
+        nats.append(-(logarithms.exp() * logarithms).sum(-1).numpy())
+    return np.concatenate(nats).astype(np.float64)
 
 
 @pytest.mark.parametrize("window_tokens", [3, 50, 1024, 10_000])
@@ -109,9 +109,14 @@ def test_contexts_start_afresh_at_new_lines(model: ByteLM, window_tokens: int) -
     documents = [b"\n".join(lines), b"no line", b"\n", b"\n\n\r\nx\n", *DOCUMENTS]
     content, offsets = join(documents)
     nats = score_documents(model, content, offsets, window_tokens=window_tokens, reset_at_newlines=True)
-    exact = np.concatenate([restarted_entropies(model, document) for document in documents])
+    exact, single = (
+        np.concatenate([restarted_entropies(model, document, dtype) for document in documents])
+        for dtype in (torch.float64, torch.float32)
+    )
     excess = np.abs(nats.astype(np.float64) - exact) - 0.5 * np.spacing(nats).astype(np.float64)
-    assert excess.max() < 1e-5
+    # No further off than float32 is by itself, which for fresh random lines differs from run to run.
+    assert np.abs(single - exact).max() < 1e-4
+    assert excess.max() < np.abs(single - exact).max()
     # What follows a newline token is what follows any: nothing before it counts.
     after = [float(value) for value, token in zip(nats, framed(documents), strict=True) if token == ord("\n") + 4]
     assert len(set(after)) == 1
