@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tests.blt_train.samples import blt_config, command
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch has them there, undeclared
 
-from blt_train.errors import ConfigError, TrainingError
+from blt_train.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_SIGTERM, ConfigError, TrainingError
 from blt_train.launch import board as board_module
 from blt_train.launch.board import Board
 from blt_train.launch.failures import (
@@ -32,7 +32,7 @@ from blt_train.launch.failures import (
     failures_to_json,
     process_failure,
 )
-from blt_train.launch.job import count_devices
+from blt_train.launch.job import _leave_stopped, count_devices
 from blt_train.launch.options import DEFAULT_PORT, Endpoint, LaunchOptions, torchrun_command
 from blt_train.launch.rank import cause_of
 
@@ -90,6 +90,25 @@ def test_as_many_processes_as_gpus(workplace: Path) -> None:
     gpus = torch.cuda.device_count()
     assert count_devices(blt_config(workplace, "run")) == max(1, gpus)
     assert count_devices(blt_config(workplace, "run", "device=cpu")) == 1
+
+
+def test_a_stop_is_told_once_and_no_step_denied() -> None:
+    """By the processes, or by the launcher with what it knows of them."""
+    told: list[str] = []
+    for status, untold in (
+        (EXIT_REQUEUE, None),
+        (EXIT_SIGTERM, "before the first step"),
+        (EXIT_REQUEUE, "before all processes had agreed on a step"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            _leave_stopped(status, told.append, untold)
+        assert ended.value.code == status
+    assert told == [
+        "stopped by SIGTERM before the first step; run the same command again to go on",
+        "stopped by SIGUSR1 before all processes had agreed on a step; run the same command again to go on",
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        _leave_stopped(EXIT_INTERRUPTED, told.append, None)
 
 
 def reason(cause: Cause, sentence: str = "said", at: float = 5.0) -> Reason:

@@ -128,7 +128,7 @@ def launch_processes(
         try:
             _Job(arguments, options, announce, folder, signals).run()
         except StopRequested as stop:
-            _leave_stopped(_STATUS[signal.Signals(stop.signum)], announce, was_told=False)
+            _leave_stopped(_STATUS[signal.Signals(stop.signum)], announce, "before the first step")
         except SignalException as error:
             raise SystemExit(128 + int(error.sigval)) from error
 
@@ -165,7 +165,7 @@ class _Job:
                 agent.board.leave(is_host=options.node_rank == 0)
         self._signals.pass_to(None)
         if agent.stop_status is not None:
-            _leave_stopped(agent.stop_status, self._announce, was_told=agent.was_told)
+            _leave_stopped(agent.stop_status, self._announce, agent.untold)
         if isinstance(result, TrainingError):
             raise result
         if agent.failure is not None and result.is_failed():
@@ -222,13 +222,13 @@ class _Job:
         )
 
 
-def _leave_stopped(status: int, announce: Callable[[str], None], *, was_told: bool) -> None:
-    """End as a signal demands, telling what the processes have not told themselves."""
+def _leave_stopped(status: int, announce: Callable[[str], None], untold: str | None) -> None:
+    """End as a signal demands, telling when it came if the processes have not told it themselves."""
     if status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
-    if not was_told:
+    if untold is not None:
         name = "SIGUSR1" if status == EXIT_REQUEUE else "SIGTERM"
-        announce(f"stopped by {name} before the first step; run the same command again to go on")
+        announce(f"stopped by {name} {untold}; run the same command again to go on")
     raise SystemExit(status)
 
 
