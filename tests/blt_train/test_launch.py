@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tests.blt_train.samples import blt_config, command
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch has them there, undeclared
 
-from blt_train.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_SIGTERM, ConfigError, TrainingError
+from blt_train.errors import EXIT_REQUEUE, EXIT_SIGTERM, ConfigError, TrainingError
 from blt_train.launch import board as board_module
 from blt_train.launch.board import Board
 from blt_train.launch.failures import (
@@ -34,7 +34,7 @@ from blt_train.launch.failures import (
 )
 from blt_train.launch.job import _leave_stopped, count_devices
 from blt_train.launch.options import DEFAULT_PORT, Endpoint, LaunchOptions, torchrun_command
-from blt_train.launch.rank import cause_of
+from blt_train.launch.rank import EXIT_INTERRUPTED, cause_of
 
 
 def test_an_endpoint_is_a_host_and_a_port() -> None:
