@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from blt_model import BLT, ByteLM, Generator, Request, SamplingOptions
 from blt_model.config import HashEmbeddingConfig
 from blt_model.generation import fused
-from blt_model.generation.go_ahead import ROOM, GoAhead
+from blt_model.generation.go_ahead import ROOM, GoAhead, launches_wait
 from blt_model.generation.resident import Parts, Tap
 from blt_model.generation.single_row import SingleRowSession
 from blt_model.generation.steps import HashHistory
@@ -121,6 +121,22 @@ def test_texts_are_the_same(device: ThreadPoolExecutor, seed: int, monkeypatch: 
     # Known to be wanted are the first of a text, the first of a kind, and what follows a complete patch.
     assert known.count(False) > 2
     assert known.count(True) <= 3 + 2 + sum(patches for _, patches in wanted)
+
+
+@on_cpu
+def test_nothing_is_launched_ahead_where_launches_wait(
+    device: ThreadPoolExecutor, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the launch would wait for the word, and the host for the launch."""
+    for value in ("", "0", "1"):
+        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
+        assert launches_wait() is (value == "1")
+    known = run_ahead(monkeypatch, device)
+    model, entropy_model = models(seed)
+    generator = Generator(model, new_patcher=Odd, entropy_model=entropy_model)
+    generator.generate([Request(prompt=b"ab ", max_new_bytes=3)])
+    assert all(known)
+    assert len(known) > 1
 
 
 @on_cpu

@@ -7,6 +7,7 @@ is written to the host's memory, where the device looks for it.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 
 ROOM = 4
 """Launches whose words are kept at once; of those that may be under way each has its own."""
+
+
+def launches_wait() -> bool:
+    """Whether the host waits for all it launches, as the driver can be asked to: no launch may wait for it then."""
+    return os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
 
 
 def flat_view(tensor: Tensor) -> Any:

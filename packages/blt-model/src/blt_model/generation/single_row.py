@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blt_model.generation import fused
-from blt_model.generation.go_ahead import GoAhead, flat_view
+from blt_model.generation.go_ahead import GoAhead, flat_view, launches_wait
 from blt_model.generation.graphs import Fork, bucket
 from blt_model.generation.resident import Tap
 from blt_model.generation.session import BLTSession
@@ -34,6 +34,8 @@ Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _LOOKS = 1_000_000
 """At a result that has not come, before the host waits in another way."""
+_PATIENCE = 100
+"""Times so many, while the device may be waiting for the host, which must not wait for the driver then."""
 
 
 class SingleRowSession(BLTSession):
@@ -89,7 +91,7 @@ class SingleRowSession(BLTSession):
     def _new_go_ahead(self) -> GoAhead | None:
         """Words for steps that are launched ahead of the decision; None where not all of their kernels heed them."""
         lm = self._entropy_steps
-        if not self._is_fused or self._hashes is None or self._stacks.whole is None or lm is None:
+        if not self._is_fused or self._hashes is None or self._stacks.whole is None or lm is None or launches_wait():
             return None
         return GoAhead(self.device) if lm.is_resident and lm.context_start is None else None
 
@@ -180,7 +182,7 @@ class SingleRowSession(BLTSession):
         number = math.nan
         while math.isnan(number):
             # It is seen before the kernel that writes it is known to have ended.
-            for _ in range(_LOOKS if self._is_fused else 0):
+            for _ in range(_LOOKS * (_PATIENCE if device_waits else 1) if self._is_fused else 0):
                 number = float(numbers[at])
                 if not math.isnan(number):
                     return number
