@@ -19,6 +19,7 @@ from torch import Tensor
 from blt_data.framing import frame
 from blt_model import BLT, BLTConfig, ByteLM, ByteLMConfig, Completion, next_byte_entropy, pack_documents, preset
 from blt_model.generation.graphs import GraphRunner
+from blt_model.generation.session import BLTSession
 from blt_patcher import IncrementalPatcher, PatchScheme
 
 #: Log-probabilities in float32 agree to this.
@@ -62,6 +63,15 @@ def run_uncaptured(monkeypatch: pytest.MonkeyPatch, device: Executor | None = No
 
     monkeypatch.setattr(GraphRunner, "__init__", enable)
     monkeypatch.setattr(GraphRunner, "_capture", capture)
+    admit = BLTSession.admit
+
+    def admit_after_all(self: BLTSession, first_row: int, texts: Sequence[Sequence[int]]) -> Tensor:
+        # What a GPU does for prompts comes after what was started before.
+        if device is not None:
+            device.submit(int).result()
+        return admit(self, first_row, texts)
+
+    monkeypatch.setattr(BLTSession, "admit", admit_after_all)
 
 
 def fresh_blt(seed: int, **overrides: Any) -> BLT:

@@ -144,24 +144,32 @@ def test_nothing_is_launched_ahead_where_launches_wait(
 def test_the_device_is_not_left_waiting(
     device: ThreadPoolExecutor, after: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong between the launch and the decision."""
+    """Whatever goes wrong between the launch and the decision, or before the launch; and texts after it are right."""
     model, entropy_model = models(seed)
+    pushed = 0
 
     class Broken(Odd):
-        pushed = 0
-
         def push(self, token_id: int, entropy: float) -> bool:
-            self.pushed += 1
-            if self.pushed == 4 + after:
+            nonlocal pushed
+            pushed += 1
+            if pushed == 4 + after:
                 raise RuntimeError("cannot say")
-            return token_id == 1
+            return super().push(token_id, entropy)
 
+    request = Request(prompt=b"ab ", max_new_bytes=4)
+    (wanted,) = Generator(model, new_patcher=Odd, entropy_model=entropy_model).generate([request])
     known = run_ahead(monkeypatch, device)
     generator = Generator(model, new_patcher=Broken, entropy_model=entropy_model)
     with pytest.raises(RuntimeError, match="cannot say"):
-        generator.generate([Request(prompt=b"ab ", max_new_bytes=9)])
+        generator.generate([request])
     assert not known[-1]
     assert device.submit(lambda: "free").result(timeout=100) == "free"
+    session = generator._session
+    assert isinstance(session, SingleRowSession)
+    assert session._go_ahead is not None
+    session._go_ahead.begin(0.0)
+    (found,) = generator.generate([request])
+    assert (found.content, found.patches) == (wanted.content, wanted.patches)
 
 
 @on_cpu

@@ -58,6 +58,10 @@ class GoAhead:
         """int64 [1] on the device, the place of the present launch, for kernels that run beside what counts it up."""
         return self.state[2:]
 
+    def restart(self) -> None:
+        """Let the device count on as the host does: a launch that failed has put them out of step."""
+        self.state[:1].fill_(self._launches)
+
     def begin(self, uniform: float) -> None:
         """Count a launch, which is about to be made, with its random number."""
         self._uniforms_out[self._launches % ROOM] = uniform

@@ -75,6 +75,8 @@ class SingleRowSession(BLTSession):
             # launch of what follows it the device may have nothing to do.
             self._results_back, self._number_out = flat_view(self._results), flat_view(self._host_uniform)
             self._entropy_back = flat_view(self._host_entropy)
+        if self._go_ahead is not None:
+            self._go_ahead.restart()
         self._choose, self._kind = choose, kind
         # A step that was launched in vain has left one.
         self._entropy_back[0] = math.nan
