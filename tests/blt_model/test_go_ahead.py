@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.blt_model.generation_oracle import Odd, fresh_blt, fresh_byte_lm, fresh_seed, run_uncaptured
+from tests.blt_model.generation_oracle import (
+    Odd,
+    fresh_blt,
+    fresh_byte_lm,
+    fresh_seed,
+    run_uncaptured,
+    without_ties,
+)
 from tests.blt_model.triton_runs import CUDA, DEVICE, need_kernels, run_interpreted, runs_interpreted
 from torch import Tensor, nn
 
-from blt_model import BLT, ByteLM, Generator, Request, SamplingOptions
+from blt_model import BLT, ByteLM, Completion, Generator, Request, SamplingOptions
 from blt_model.config import HashEmbeddingConfig
 from blt_model.generation import fused
 from blt_model.generation.go_ahead import ROOM, GoAhead, launches_wait
@@ -77,11 +84,6 @@ class Blocks:
         return float(cross.residual) * x + patch.values[index, :, : patch.scores] @ shares
 
 
-def models(seed: int) -> tuple[BLT, ByteLM]:
-    one = {"num_layers": 1}
-    return fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
-
-
 def run_ahead(monkeypatch: pytest.MonkeyPatch, device: ThreadPoolExecutor) -> list[bool]:
     """Take the steps that a GPU takes, on a thread; returns of each launch whether it was known to be wanted."""
     known: list[bool] = []
@@ -103,10 +105,9 @@ def run_ahead(monkeypatch: pytest.MonkeyPatch, device: ThreadPoolExecutor) -> li
 @on_cpu
 def test_texts_are_the_same(device: ThreadPoolExecutor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With steps that were wanted and some that were not, drawn bytes too, whose random numbers go with the step."""
-    model, entropy_model = models(seed)
     drawn = SamplingOptions(temperature=1.0, seed=seed % 1000)
 
-    def generate() -> list[tuple[bytes, int]]:
+    def generate(model: BLT, entropy_model: ByteLM) -> list[tuple[bytes, int]]:
         generator = Generator(model, new_patcher=Odd, entropy_model=entropy_model)
         requests = [
             Request(prompt=b"ab ", max_new_bytes=4),
@@ -115,9 +116,9 @@ def test_texts_are_the_same(device: ThreadPoolExecutor, seed: int, monkeypatch: 
         ]
         return [(done.content, done.patches) for done in generator.generate(requests)]
 
-    wanted = generate()
+    model, entropy_model, wanted = without_ties(seed, generate)
     known = run_ahead(monkeypatch, device)
-    assert generate() == wanted
+    assert generate(model, entropy_model) == wanted
     # Known to be wanted are the first of a text, the first of a kind, and what follows a complete patch.
     assert known.count(False) > 2
     assert known.count(True) <= 3 + 2 + sum(patches for _, patches in wanted)
@@ -132,7 +133,8 @@ def test_nothing_is_launched_ahead_where_launches_wait(
         monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
         assert launches_wait() is (value == "1")
     known = run_ahead(monkeypatch, device)
-    model, entropy_model = models(seed)
+    one = {"num_layers": 1}
+    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
     generator = Generator(model, new_patcher=Odd, entropy_model=entropy_model)
     generator.generate([Request(prompt=b"ab ", max_new_bytes=3)])
     assert all(known)
@@ -145,7 +147,6 @@ def test_the_device_is_not_left_waiting(
     device: ThreadPoolExecutor, after: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong between the launch and the decision, or before the launch; and texts after it are right."""
-    model, entropy_model = models(seed)
     pushed = 0
 
     class Broken(Odd):
@@ -157,7 +158,11 @@ def test_the_device_is_not_left_waiting(
             return super().push(token_id, entropy)
 
     request = Request(prompt=b"ab ", max_new_bytes=4)
-    (wanted,) = Generator(model, new_patcher=Odd, entropy_model=entropy_model).generate([request])
+
+    def generate(model: BLT, entropy_model: ByteLM) -> Completion:
+        return Generator(model, new_patcher=Odd, entropy_model=entropy_model).generate([request])[0]
+
+    model, entropy_model, wanted = without_ties(seed, generate)
     known = run_ahead(monkeypatch, device)
     generator = Generator(model, new_patcher=Broken, entropy_model=entropy_model)
     with pytest.raises(RuntimeError, match="cannot say"):
@@ -175,7 +180,8 @@ def test_the_device_is_not_left_waiting(
 @on_cpu
 def test_entropies_that_are_no_numbers(device: ThreadPoolExecutor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They reach the patcher as such, and are not waited for in vain."""
-    model, entropy_model = models(seed)
+    one = {"num_layers": 1}
+    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
     with torch.no_grad():
         entropy_model.head.weight.fill_(torch.nan)
     seen: list[float] = []
