@@ -120,11 +120,16 @@ class Odd:
         return token_id == 1 or round(entropy * 50) % 2 == 1
 
 
+def one_layer_models(seed: int) -> tuple[BLT, ByteLM]:
+    """Models as small as can be."""
+    one = {"num_layers": 1}
+    return fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+
+
 def without_ties(seed: int, run: Callable[[BLT, ByteLM], Result]) -> tuple[BLT, ByteLM, Result]:
     """Small models, with what a run of them gives in which rounding could move no patch of `Odd`."""
-    one = {"num_layers": 1}
     while True:
-        model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+        model, entropy_model = one_layer_models(seed)
         with torch.no_grad():
             # The end of a text is hardly ever the likeliest.
             model.decoder.head.weight[2] = 0

@@ -14,9 +14,8 @@ import pytest
 import torch
 from tests.blt_model.generation_oracle import (
     Odd,
-    fresh_blt,
-    fresh_byte_lm,
     fresh_seed,
+    one_layer_models,
     run_uncaptured,
     without_ties,
 )
@@ -133,8 +132,7 @@ def test_nothing_is_launched_ahead_where_launches_wait(
         monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
         assert launches_wait() is (value == "1")
     known = run_ahead(monkeypatch, device)
-    one = {"num_layers": 1}
-    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+    model, entropy_model = one_layer_models(seed)
     generator = Generator(model, new_patcher=Odd, entropy_model=entropy_model)
     generator.generate([Request(prompt=b"ab ", max_new_bytes=3)])
     assert all(known)
@@ -180,8 +178,7 @@ def test_the_device_is_not_left_waiting(
 @on_cpu
 def test_entropies_that_are_no_numbers(device: ThreadPoolExecutor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They reach the patcher as such, and are not waited for in vain."""
-    one = {"num_layers": 1}
-    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+    model, entropy_model = one_layer_models(seed)
     with torch.no_grad():
         entropy_model.head.weight.fill_(torch.nan)
     seen: list[float] = []

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from tests.blt_model.generation_oracle import (
     Odd,
     fresh_blt,
-    fresh_byte_lm,
     fresh_seed,
+    one_layer_models,
     run_uncaptured,
     without_ties,
 )
@@ -255,8 +255,7 @@ def test_a_head_chooses(kernels: ModuleType, vocabulary: int, dim: int, dtype: t
 @pytest.mark.skipif(CUDA, reason="compares bytes, which half precision leaves to rounding")
 def test_a_text_runs_ahead(kernels: ModuleType, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next byte is launched before the present one is read: after patches, at stops, and with drawn bytes."""
-    one = {"num_layers": 1}
-    model, entropy_model = fresh_blt(seed, latent=one, decoder=one), fresh_byte_lm(seed + 1, transformer=one)
+    model, entropy_model = one_layer_models(seed)
     limits = EntropyScheme(threshold=5.5, max_patch_length=2)
     requests = [
         Request(prompt=b"ab ", max_new_bytes=3),

@@ -156,13 +156,7 @@ def few_rows(
         NORM=eps is not None,
         SCALED=norm is not None,
         RESIDUAL=residual is not None,
-        EACH=shape.rows // shape.groups,
-        GROUPS=shape.groups,
-        CHUNK=shape.chunk,
-        AHEAD=shape.ahead,
-        EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
+        **shape.options(outputs, words),
         **dependence(),
-        num_warps=shape.warps,
-        maxnreg=shape.registers,
     )
     return out

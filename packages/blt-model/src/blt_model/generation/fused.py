@@ -194,25 +194,14 @@ def embed(
 ) -> tuple[Tensor, Tensor | None]:
     """Embed a new token of each row, int64 [n], which the history takes; for options and result see `token_kernels`."""
     result: tuple[Tensor, Tensor | None] = _token_kernels().embed(
-        tokens,
-        positions,
-        hashes.symbols,
-        hashes.powers,
-        hashes.sizes,
-        hashes.weight,
-        byte_table,
-        table_size=hashes.config.table_size,
-        offset=hashes.offset,
-        omit_partial=hashes.config.omit_partial,
-        average=average,
-        **options,
+        tokens, positions, hashes, byte_table, average=average, **options
     )
     return result
 
 
 def await_word(go_ahead: GoAhead, places: Tensor, tokens: Tensor, hashes: HashHistory, *, draws: bool) -> None:
     """Wait for the word for a launch of one row, and where it goes on, move its history on; see `token_kernels`."""
-    _token_kernels().await_word(go_ahead, places, tokens, hashes.symbols, offset=hashes.offset, draws=draws)
+    _token_kernels().await_word(go_ahead, places, tokens, hashes, draws=draws)
 
 
 def block_steps(blocks: Iterable[BlockStep]) -> list[FusedBlock]:

@@ -1,4 +1,4 @@
-"""Steps that are launched before the host knows whether they are wanted, and wait on the device for its word.
+"""Speculative launches: steps launched before the host knows whether they are wanted, which wait for its word.
 
 A launch takes the host longer than a decision. So a step is launched while the one before it still runs, and its first
 kernel waits for the host's word: to go on, or to be skipped, upon which all kernels of the step end at once. The word

@@ -104,16 +104,11 @@ class Head:
             *arguments,
             kind=KINDS[self._weight.dtype],
             WORDS=words,
-            EACH=shape.rows // shape.groups,
-            GROUPS=shape.groups,
-            CHUNK=shape.chunk,
-            AHEAD=shape.ahead,
-            EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
+            **shape.options(outputs, words),
             BLOCK=triton.next_power_of_2(outputs),
             SKIPS=skipped is not None,
             **constants,
             **dependence(),
-            num_warps=shape.warps,
         )
 
     def entropy(self, x: Tensor, out: Tensor, skipped: Tensor | None = None) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -196,6 +197,18 @@ class LinearShape:
         """Outputs side by side in different warps."""
         return max(1, min(self.rows, self.warps * 128 // self.chunk))
 
+    def options(self, outputs: int, words: int) -> dict[str, Any]:
+        """What a launch of `outputs_of_one` or its like needs of the shape, for so many outputs of so many words."""
+        return {
+            "EACH": self.rows // self.groups,
+            "GROUPS": self.groups,
+            "CHUNK": self.chunk,
+            "AHEAD": self.ahead,
+            "EXACT": outputs % self.rows == 0 and words % self.chunk == 0,
+            "num_warps": self.warps,
+            "maxnreg": self.registers,
+        }
+
 
 @functools.cache
 def linear_shape(outputs: int, words: int, *, gated: bool, joined: bool) -> LinearShape:
@@ -307,14 +320,8 @@ def _launch_one(
         HEADS=heads,
         ROOM=triton.next_power_of_2(heads),
         WIDTH=width,
-        EACH=shape.rows // shape.groups,
-        GROUPS=shape.groups,
-        CHUNK=shape.chunk,
-        AHEAD=shape.ahead,
-        EXACT=outputs % shape.rows == 0 and words % shape.chunk == 0,
+        **shape.options(outputs, words),
         **dependence(),
-        num_warps=shape.warps,
-        maxnreg=shape.registers,
     )
 
 

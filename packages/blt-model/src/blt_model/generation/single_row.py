@@ -38,6 +38,15 @@ _PATIENCE = 100
 """Times so many, while the device may be waiting for the host, which must not wait for the driver then."""
 
 
+def _looked(numbers: Any, at: int, looks: int) -> float:
+    """A number that a kernel writes, seen before that is known to have ended; nan if none has come."""
+    for _ in range(looks):
+        number = float(numbers[at])
+        if not math.isnan(number):
+            return number
+    return math.nan
+
+
 class SingleRowSession(BLTSession):
     """Text of a BLT in the one row that there is; besides what every session can, it runs ahead."""
 
@@ -62,9 +71,11 @@ class SingleRowSession(BLTSession):
             pinned = self.device.type == "cuda"
             self._row = torch.zeros(1, dtype=torch.int64, device=self.device)
             self._patch_position = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._go_ahead = go_ahead = self._new_go_ahead()
             self._uniform = torch.zeros(1, dtype=torch.float64, device=self.device)
+            if go_ahead is not None:
+                self._uniform = go_ahead.uniform
             self._host_uniform = torch.zeros(1, dtype=torch.float64, pin_memory=pinned)
-            self._go_ahead = self._new_go_ahead()
             # Of running ahead and of patches, for steps of even and odd positions: a token and its log-probability.
             # Nothing is a number before it has come.
             self._results = torch.zeros(2, 2, 2, dtype=torch.float64, pin_memory=pinned)
@@ -173,42 +184,37 @@ class SingleRowSession(BLTSession):
         entropy = math.nan
         if self._entropy_steps is not None:
             self._entropy_steps.advance([token])
-            entropy = self._seen(self._entropy_back, 0, device_waits=self._go_ahead is not None)
+            entropy = self._seen(self._entropy_back, 0) if self._go_ahead is None else self._entropy_seen()
             self._entropy_back[0] = math.nan
             if math.isinf(entropy):
                 entropy = math.nan
         return self._patchers[0].push(token, entropy)
 
-    def _seen(self, numbers: Any, at: int, *, device_waits: bool = False) -> float:
-        """A number of a result, once it has come; the device may be waiting for the host meanwhile."""
-        number = math.nan
-        while math.isnan(number):
-            # It is seen before the kernel that writes it is known to have ended.
-            for _ in range(_LOOKS * (_PATIENCE if device_waits else 1) if self._is_fused else 0):
-                number = float(numbers[at])
-                if not math.isnan(number):
-                    return number
-            if self.device.type == "cuda" and not device_waits:
-                torch.cuda.current_stream(self.device).synchronize()
-            elif self.device.type == "cuda":
+    def _seen(self, numbers: Any, at: int) -> float:
+        """A number of a result, once it has come."""
+        number = _looked(numbers, at, _LOOKS if self._is_fused else 0)
+        if math.isnan(number) and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return float(numbers[at])
+
+    def _entropy_seen(self) -> float:
+        """The entropy, once it has come, while the device may be waiting for the host: so that is not waited for."""
+        while math.isnan(number := _looked(self._entropy_back, 0, _PATIENCE * _LOOKS)):
+            if self.device.type == "cuda":
                 # This raises what has gone wrong.
                 torch.cuda.current_stream(self.device).query()
-            number = float(numbers[at])
-            if not device_waits:
-                return number
         return number
 
     def _ahead(self) -> None:
         positions, open_lengths, lm_positions, _ = self._numbers.device
         lm, whole, go_ahead = self._entropy_steps, self._stacks.whole, self._go_ahead
         skipped = None if go_ahead is None else go_ahead.skipped
-        uniform = self._uniform if go_ahead is None else go_ahead.uniform
         x = lm_x = None
         if go_ahead is not None:
             x, lm_x = self._embed_ahead(go_ahead)
             lm_positions = go_ahead.place
         elif not self._is_likeliest:
-            uniform.copy_(self._host_uniform, non_blocking=True)
+            self._uniform.copy_(self._host_uniform, non_blocking=True)
         fork = Fork(self.device)
         # First of all, as the most depends on it.
         if whole is not None and x is None:
@@ -224,17 +230,18 @@ class SingleRowSession(BLTSession):
         else:
             tap = Tap(self._states, self._patch_steps.open_bytes[0, 0], open_lengths)
             x = whole(x, positions, self._programs.model, tap, skipped)
-        chosen = self._chosen(x, uniform)
+        chosen = self._chosen(x)
         if go_ahead is None:
-            # The other line has read the counters by then, and what it changes is there.
+            # The other line has read the counters by then, and what it changes is there. Where words are waited for, it
+            # has its place from elsewhere, and neither line waits for the other's end.
             fork.join()
         if lm is not None and lm.context_start is not None:
             lm_positions.copy_(torch.where(self._tokens == lm.context_start, 0, lm_positions))
         if lm is not None and not self._is_fused:
             self._host_entropy.copy_(self._entropies[:1], non_blocking=True)
         self._hand_over(x, chosen, self._numbers.device.view(-1), self._results[0], before=0, skipped=skipped)
-        # The other line has its place from elsewhere, so that neither line waits for the other's end.
-        fork.join()
+        if go_ahead is not None:
+            fork.join()
 
     def _embed_ahead(self, go_ahead: GoAhead) -> tuple[Tensor, Tensor | None]:
         """Embed the present token for the encoder and the entropy model, and wait for the word."""
@@ -268,19 +275,18 @@ class SingleRowSession(BLTSession):
             step = fused.FusedStep(self._patch_position, self._row)
             self._patch_steps.complete_one(self._row, step, longest, open_lengths)
         x = self._decoded_row(before, self._programs.all)
-        chosen = self._chosen(x, self._uniform if self._go_ahead is None else self._go_ahead.uniform)
-        self._hand_over(x, chosen, self._patch_position, self._results[1], before=1, cleared=open_lengths)
+        self._hand_over(x, self._chosen(x), self._patch_position, self._results[1], before=1, cleared=open_lengths)
 
     def _decoded_row(self, positions: Tensor, programs: int) -> Tensor:
         """The decoder's states [1, dim] from those that the encoder has left."""
         plan = self._plan_static(self._decoder, positions, None, self._decoder.capacity, programs)
         return self._decoded(self._states, plan)
 
-    def _chosen(self, x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _chosen(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The next token and its log-probability after the decoder's states; None where handing over chooses."""
         if self._is_fused and self._is_likeliest:
             return None
-        return self._choose(self._logits_of(x), uniform)
+        return self._choose(self._logits_of(x), self._uniform)
 
     def _hand_over(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blt_model.generation.go_ahead import GoAhead
 from blt_model.generation.kernels import dependence
+from blt_model.generation.steps import HashHistory
 
 
 @triton.jit
@@ -30,31 +31,11 @@ def is_skipped(skipped, SKIPS: tl.constexpr):
 
 @triton.jit
 def _embed(
-    tokens,
-    positions,
-    symbols,
-    powers,
-    sizes,
-    table,
-    bytes_table,
-    out,
-    lm_table,
-    lm_out,
-    table_size,
-    offset,
-    dim,
-    lm_dim,
-    TABLES: tl.constexpr,
-    ROOM: tl.constexpr,
-    LONGEST: tl.constexpr,
-    HISTORY: tl.constexpr,
-    OMIT: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LM_BLOCK: tl.constexpr,
-    MOVES: tl.constexpr,
+    tokens, positions, symbols, powers, sizes, table, bytes_table, out, lm_table, lm_out, table_size, offset, dim,
+    lm_dim, TABLES: tl.constexpr, ROOM: tl.constexpr, LONGEST: tl.constexpr, HISTORY: tl.constexpr,
+    OMIT: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, LM_BLOCK: tl.constexpr, MOVES: tl.constexpr,
     DEPENDENT: tl.constexpr,
-):
+):  # fmt: skip
     """All of one row: its history moves on by the new token, and the rows of the tables are summed, read at once."""
     back, index = tl.arange(0, HISTORY), tl.arange(0, ROOM)
     inside, present = back < LONGEST, index < TABLES
@@ -97,15 +78,9 @@ def _embed(
 def embed(
     tokens: Tensor,
     positions: Tensor,
-    symbols: Tensor,
-    powers: Tensor,
-    sizes: Tensor,
-    table: Tensor,
+    hashes: HashHistory,
     byte_table: Tensor,
     *,
-    table_size: int,
-    offset: int,
-    omit_partial: bool,
     average: bool,
     lm_table: Tensor | None = None,
     moves: bool = True,
@@ -115,45 +90,39 @@ def embed(
     Args:
         tokens: int64 [n].
         positions: int64 [n] in their documents.
-        symbols: int64 [B, longest], newest first.
-        powers: int64 [longest, M] what a symbol counts in the hash of every table.
-        sizes: int64 [M] of the n-grams.
-        table: [M * table_size, dim].
+        hashes: the history and its tables [M * table_size, dim].
         byte_table: [V, dim].
-        table_size: rows of a table.
-        offset: taken from a token to give its symbol.
-        omit_partial: leave out n-grams that begin before the document.
         average: divide by 1 + M.
         lm_table: [V, dim of another model] the token's row of which is wanted, too; None for none.
-        moves: whether the symbols are moved on in place.
+        moves: whether the history is moved on, in place.
 
     Returns:
         [n, dim], and [n, dim of the other model] or None.
     """
-    longest, tables = powers.shape
+    (longest, tables), table = hashes.powers.shape, hashes.weight
     out = torch.empty((len(tokens), table.shape[1]), dtype=table.dtype, device=table.device)
     lm_out = None if lm_table is None else lm_table.new_empty((len(tokens), lm_table.shape[1]))
     _embed[(len(tokens),)](
         tokens,
         positions,
-        symbols,
-        powers,
-        sizes,
+        hashes.symbols,
+        hashes.powers,
+        hashes.sizes,
         table,
         byte_table,
         out,
         # Pointers that are not read still have to be some.
         out if lm_table is None else lm_table,
         out if lm_out is None else lm_out,
-        table_size,
-        offset,
+        hashes.config.table_size,
+        hashes.offset,
         table.shape[1],
         0 if lm_table is None else lm_table.shape[1],
         TABLES=tables,
         ROOM=triton.next_power_of_2(tables),
         LONGEST=longest,
         HISTORY=triton.next_power_of_2(longest),
-        OMIT=omit_partial,
+        OMIT=hashes.config.omit_partial,
         AVERAGE=average,
         BLOCK=triton.next_power_of_2(table.shape[1]),
         LM_BLOCK=0 if lm_table is None else triton.next_power_of_2(lm_table.shape[1]),
@@ -198,18 +167,17 @@ def _await_word(
             tl.store(uniform, drawn)
 
 
-def await_word(go_ahead: GoAhead, places: Tensor, tokens: Tensor, symbols: Tensor, *, offset: int, draws: bool) -> None:
+def await_word(go_ahead: GoAhead, places: Tensor, tokens: Tensor, hashes: HashHistory, *, draws: bool) -> None:
     """Wait for the host's word for this launch of one row, and where it goes on, move its history on.
 
     Args:
         go_ahead: takes note of the word and of the place, for the step's other kernels.
         places: int64 [1] the place.
         tokens: int64 [1] the new token.
-        symbols: int64 [1, longest] newest first, moved on in place.
-        offset: taken from a token to give its symbol.
+        hashes: the history, moved on in place.
         draws: whether the launch's random number is wanted.
     """
-    longest = symbols.shape[1]
+    longest = hashes.symbols.shape[1]
     _await_word[(1,)](
         go_ahead.state,
         go_ahead.words,
@@ -217,8 +185,8 @@ def await_word(go_ahead: GoAhead, places: Tensor, tokens: Tensor, symbols: Tenso
         go_ahead.uniform,
         places,
         tokens,
-        symbols,
-        offset,
+        hashes.symbols,
+        hashes.offset,
         ROOM=len(go_ahead.words),
         LONGEST=longest,
         HISTORY=triton.next_power_of_2(longest),

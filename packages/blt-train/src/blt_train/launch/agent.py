@@ -203,13 +203,9 @@ class JobAgent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         statuses = {STOP_STATUS[code] for code in codes.values() if code in STOP_STATUS}
         if statuses:
-            self._stopped(max(statuses), "before the first step")
+            was_told = any(code in (EXIT_SIGTERM, EXIT_REQUEUE) for code in codes.values())
+            self.stop_status, self.untold = max(statuses), None if was_told else "before the first step"
         return self._succeeded(worker_group)
-
-    def _stopped(self, status: int, when: str) -> None:
-        self.stop_status = status
-        was_told = any(code in (EXIT_SIGTERM, EXIT_REQUEUE) for code in self._exit_codes().values())
-        self.untold = None if was_told else when
 
     def _succeeded(self, worker_group: WorkerGroup) -> RunResult:
         values = {worker.global_rank: None for worker in worker_group.workers}
@@ -234,7 +230,7 @@ class JobAgent(LocalElasticAgent):
         self._end_processes(END_SECONDS)
         if self._signal is not None and (failure.cause in PEER_CAUSES or self._signal == signal.SIGINT):
             # Some processes were stopped before they could agree to stop; that their peers lost them is no failure.
-            self._stopped(STOP_STATUS[-self._signal], "before all processes had agreed on a step")
+            self.stop_status, self.untold = STOP_STATUS[-self._signal], "before all processes had agreed on a step"
             return self._succeeded(self._worker_group)
         self.failure = failure
         if failure.is_lasting or self._signal is not None:
