@@ -198,8 +198,7 @@ class BLTSession:
         self._programs = Programs.of(self.device, has_entropy_model=entropy_model is not None)
         self._norm, self._head = Norm.of(model.decoder.norm), model.decoder.head.weight
         self._lm_head = fused.Head.of(entropy_model) if entropy_model is not None and self._is_fused else None
-        # Positions, open lengths and positions in the entropy model; and for the one row that runs ahead the position
-        # before.
+        # Positions, open lengths, positions in the entropy model, and where one row runs ahead the position before.
         self._numbers = StepNumbers(4, rows, self.device)
         self._patch_numbers = StepNumbers(3, rows, self.device)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
